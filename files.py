@@ -1,0 +1,142 @@
+"""Files that are whole or absent: atomic writes, verified downloads, safe unpacking."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import os
+import shutil
+import socket
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from runtime import UserError
+
+DOWNLOAD_TIMEOUT = 30  # seconds without a byte
+CHUNK = 1 << 20
+
+
+@contextlib.contextmanager
+def whole_or_absent(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; what was written there takes the name at the end.
+
+    Works for a file and for a directory. When the block raises, the temporary is removed and
+    what stood at `path` is untouched. What a killed process left is removed on the next write.
+    A directory gives way when another process put its own there first.
+    """
+    prefix = f".{path.name}.{socket.gethostname()}-"
+    for stale in path.parent.glob(f"{prefix}*.tmp"):
+        owner = stale.name.removeprefix(prefix).removesuffix(".tmp")
+        if owner.isdigit() and not _is_running(int(owner)):
+            _remove(stale)
+    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            if not path.exists():
+                temporary.rename(path)
+        else:
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+        # Without this the rename itself may be lost to a power failure.
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+    finally:
+        _remove(temporary)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def download(url: str, path: Path, *, size: int, md5: str) -> None:
+    """Fetch `url` to `path` with a progress bar; `path` appears only when size and md5 match.
+
+    Raises:
+        UserError: no network, a server's refusal, a file of another size or content, a full disk.
+    """
+    digest = hashlib.md5(usedforsecurity=False)
+    received = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            whole_or_absent(path) as temporary,
+            urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response,
+            temporary.open("wb") as output,
+            tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as progress,
+        ):
+            # One byte more than expected is enough to know that the file is another one.
+            while chunk := response.read(min(CHUNK, size + 1 - received)):
+                output.write(chunk)
+                digest.update(chunk)
+                received += len(chunk)
+                progress.update(len(chunk))
+            _check(url, size, md5, received, digest.hexdigest())
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{url}: the server answered {error.code} {error.reason}") from error
+    except urllib.error.URLError as error:
+        raise UserError(f"{url}: {error.reason}") from error
+    except http.client.HTTPException as error:
+        raise UserError(f"{url}: the transfer broke off ({error!r})") from error
+    except OSError as error:
+        raise UserError(f"{url} to {path}: {error.strerror or error}") from error
+
+
+def check_file(path: Path, *, size: int, md5: str) -> None:
+    """Raise `UserError` unless the file at `path` has this size and md5."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+    _check(str(path), size, md5, path.stat().st_size, digest.hexdigest())
+
+
+def _check(name: str, size: int, md5: str, found_size: int, found_md5: str) -> None:
+    if found_size != size:
+        found = f"more than {size}" if found_size > size else str(found_size)
+        raise UserError(f"{name}: {size:,} bytes expected, but there are {found}")
+    if found_md5 != md5:
+        raise UserError(f"{name}: its md5 is {found_md5} instead of {md5}: not the file expected")
+
+
+def unpack(archive: Path, folder: str, destination: Path) -> None:
+    """Unpack `folder` of a zip archive as `destination`, whole or not at all.
+
+    Raises:
+        UserError: not a zip file, a damaged one, one without that folder, one with a path that
+            leaves it, or a full disk.
+    """
+    try:
+        with zipfile.ZipFile(archive) as content, whole_or_absent(destination) as temporary:
+            members = [m for m in content.infolist() if m.filename.startswith(f"{folder}/")]
+            if not members:
+                raise UserError(f"{archive}: holds no folder {folder}")
+            for member in tqdm(members, desc=f"unpacking {archive.name}", disable=None):
+                if ".." in Path(member.filename).parts:
+                    raise UserError(f"{archive}: holds a path outside itself: {member.filename}")
+                member.filename = member.filename.removeprefix(f"{folder}/") or "./"
+                content.extract(member, temporary)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{archive}: not a whole zip file ({error}); delete it") from error
+    except OSError as error:
+        raise UserError(f"cannot unpack {archive} to {destination}: {error}") from error

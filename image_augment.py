@@ -1,0 +1,119 @@
+"""Augmentation of image batches on the training device, each sample with its own crop.
+
+The distribution is that of the original's RandomResizedCrop and RandomHorizontalFlip; what a
+sample gets depends on (seed, epoch, sample index) alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+SCALE = (0.08, 1.0)  # of the image's area
+RATIO = (3 / 4, 4 / 3)  # width to height
+ATTEMPTS = 10
+
+# ImageNet's channel statistics, as in the original, for pixels from 0 to 255.
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1) * 255
+STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1) * 255
+
+
+class Crops(NamedTuple):
+    """Crop boxes in pixels and flips of n samples; every field has the shape [n]."""
+
+    top: torch.Tensor
+    left: torch.Tensor
+    height: torch.Tensor
+    width: torch.Tensor
+    flip: torch.Tensor
+
+    def select(self, indices: torch.Tensor) -> Crops:
+        return Crops(*(field[indices] for field in self))
+
+
+def draw_crops(n: int, height: int, width: int, generator: torch.Generator) -> Crops:
+    """Draw crop boxes and flips for `n` images of `height` × `width` pixels.
+
+    The rule of torchvision.transforms.RandomResizedCrop.get_params: the first of ten boxes of
+    random area and aspect ratio that fits, else the largest central box of an allowed ratio.
+    """
+    area = height * width * torch.empty(n, ATTEMPTS).uniform_(*SCALE, generator=generator)
+    log_ratio = torch.empty(n, ATTEMPTS).uniform_(*map(math.log, RATIO), generator=generator)
+    place = torch.rand(n, 2, generator=generator)
+    flip = torch.rand(n, generator=generator) < 0.5
+
+    ratio = log_ratio.exp()
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
+    top = (place[:, 0] * (height - h + 1)).floor()
+    left = (place[:, 1] * (width - w + 1)).floor()
+
+    limited = min(max(width / height, RATIO[0]), RATIO[1])
+    if limited > width / height:  # too narrow: the full width
+        central_w, central_h = width, round(width / limited)
+    else:
+        central_w, central_h = round(height * limited), height
+    any_fits = fits.any(dim=1)
+    return Crops(
+        top=torch.where(any_fits, top, (height - central_h) // 2),
+        left=torch.where(any_fits, left, (width - central_w) // 2),
+        height=torch.where(any_fits, h, central_h),
+        width=torch.where(any_fits, w, central_w),
+        flip=flip,
+    )
+
+
+def resized_crop(images: torch.Tensor, crops: Crops, size: int) -> torch.Tensor:
+    """Crop, resize to `size` × `size` and flip every image by its own box.
+
+    Bilinear, equal to torchvision's resized_crop where a crop is enlarged; where it may shrink,
+    several samples a pixel are averaged, which comes close to its antialiasing.
+
+    Args:
+        images: [n, 3, height, width], uint8.
+        crops: of the n images, on the same device.
+
+    Returns:
+        [n, 3, size, size], float32 from 0 to 255.
+    """
+    height, width = images.shape[-2:]
+    oversampling = math.ceil(max(height, width) / size)
+    points = size * oversampling
+    centre = (torch.arange(points, device=images.device) + 0.5) / points
+    across = torch.where(crops.flip[:, None], 1 - centre, centre)
+    # Source coordinates in pixels, kept inside the box: beyond its outermost pixel centres the
+    # edge repeats, as it does when the crop is a picture of its own.
+    x = crops.left[:, None] + (across * crops.width[:, None]).clamp(min=0.5).minimum(
+        crops.width[:, None] - 0.5
+    )
+    y = crops.top[:, None] + (centre * crops.height[:, None]).clamp(min=0.5).minimum(
+        crops.height[:, None] - 0.5
+    )
+    grid = torch.empty(len(images), points, points, 2, device=images.device)
+    grid[..., 0] = (x * (2 / width) - 1)[:, None, :]
+    grid[..., 1] = (y * (2 / height) - 1)[:, :, None]
+    sampled = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return F.avg_pool2d(sampled, oversampling) if oversampling > 1 else sampled
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize square images, [n, 3, side, side] uint8, to float32 [n, 3, size, size]."""
+    pixels = images.float()
+    if images.shape[-1] == size:
+        return pixels
+    return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """Normalise float pixels from 0 to 255 by ImageNet's statistics, into channels_last memory.
+
+    Works in place on `pixels`: fresh memory for every operation would cost more than the
+    operation.
+    """
+    pixels.sub_(MEAN.to(pixels.device)).div_(STD.to(pixels.device))
+    return pixels.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,185 @@
+"""Image classifiers: torchvision's architectures with a stem and a head for the dataset."""
+
+from __future__ import annotations
+
+import difflib
+import urllib.error
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torchvision import models
+
+import checkpoint as checkpoints
+from runtime import UserError
+
+ARCHITECTURES = sorted(models.list_models(module=models))
+STEMS = ("stride1", "stock", "cifar")
+DEFAULT_ARCH, DEFAULT_STEM, DEFAULT_SIZE = "resnet18", "stride1", 64
+
+
+class ModelSpec(NamedTuple):
+    """What rebuilds a model: enough beside its state dict."""
+
+    arch: str
+    stem: str | None  # None for what is not a ResNet
+    num_classes: int
+    image_size: int
+
+
+def has_stem(arch: str) -> bool:
+    """Whether `arch` is of the ResNet family, to which --stem applies."""
+    return "resne" in arch  # resnet18, wide_resnet50_2, resnext50_32x4d
+
+
+def check_architecture(arch: str) -> None:
+    if arch not in ARCHITECTURES:
+        near = difflib.get_close_matches(arch.lower(), ARCHITECTURES, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see --help for all of them"
+        raise UserError(f"unknown architecture {arch!r}: {hint}")
+
+
+def build_model(spec: ModelSpec, pretrained: bool = False) -> nn.Module:
+    """A torchvision classifier whose head has `num_classes` outputs.
+
+    The stem of a ResNet: `stock` is torchvision's, a 7×7 convolution of stride 2 and pooling;
+    `stride1` is the same convolution at stride 1, which suits 64 px and has the same state dict;
+    `cifar` is a 3×3 convolution of stride 1 without pooling.
+
+    Args:
+        pretrained: take torchvision's ImageNet weights, except for layers whose shape differs
+            (the head for another number of classes, the cifar stem).
+
+    Raises:
+        UserError: an unknown architecture, one that cannot take images of this size, or weights
+            that cannot be downloaded.
+    """
+    check_architecture(spec.arch)
+    model, reason = _try(spec)
+    if model is None:
+        for size in (96, 128, 160, 192, 224, 256, 299, 384, 448, 518):
+            if size > spec.image_size and _try(spec._replace(image_size=size))[0] is not None:
+                reason = f"({reason}): use --image-size {size} or another --arch"
+                break
+        raise UserError(f"{spec.arch} cannot take images of {spec.image_size} px {reason}")
+    if pretrained:
+        _load_pretrained(model, spec.arch)
+    return model
+
+
+def _construct(spec: ModelSpec) -> nn.Module:
+    options: dict[str, Any] = {}
+    if spec.arch in ("googlenet", "inception_v3"):
+        # The auxiliary heads exist for training as of 2014 and would change what forward returns.
+        options = {"aux_logits": False, "init_weights": True}
+    elif spec.arch.startswith("vit_"):
+        options = {"image_size": spec.image_size}
+    elif spec.arch.startswith("maxvit"):
+        options = {"input_size": (spec.image_size, spec.image_size)}
+    model: nn.Module = models.get_model(spec.arch, num_classes=spec.num_classes, **options)
+    if spec.stem == "stride1":
+        assert isinstance(model, models.ResNet)
+        model.conv1.stride = (1, 1)
+    elif spec.stem == "cifar":
+        assert isinstance(model, models.ResNet)
+        model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    return model
+
+
+def _try(spec: ModelSpec) -> tuple[nn.Module | None, str]:
+    """The model, or None and what it said of the image size.
+
+    A forward pass on the meta device computes shapes alone.
+    """
+    try:
+        model = _construct(spec)
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        shapes = {name: tensor.to("meta") for name, tensor in tensors}
+        image = torch.empty(2, 3, spec.image_size, spec.image_size, device="meta")
+        with torch.no_grad():
+            functional_call(model.eval(), shapes, (image,))
+    # Each architecture refuses in its own way: asserts, ValueErrors, RuntimeErrors of a kernel.
+    except Exception as error:
+        return None, str(error).splitlines()[0] if str(error) else type(error).__name__
+    return model.train(), ""
+
+
+def _load_pretrained(model: nn.Module, arch: str) -> None:
+    choices = models.get_model_weights(arch)
+    # The original's pretrained=True means the first weights published.
+    weights = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
+    try:
+        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (urllib.error.URLError, RuntimeError, OSError) as error:
+        reason = getattr(error, "reason", None) or str(error)
+        name = weights.url.rsplit("/", 1)[-1]
+        raise UserError(
+            f"--pretrained: cannot get {weights.url} ({reason}): download it by hand to "
+            f"{Path(torch.hub.get_dir()) / 'checkpoints' / name}"
+        ) from error
+    own = model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    model.load_state_dict(fitting, strict=False)
+
+
+def read_spec(
+    checkpoint: Mapping[str, Any], path: Path, arch: str | None, stem: str | None
+) -> ModelSpec:
+    """What model a checkpoint holds: its own keys, else flags, else the defaults.
+
+    A checkpoint of the original or a bare state dict has no stem; torchvision's own is meant.
+
+    Raises:
+        UserError: keys of the wrong type or an architecture that torchvision does not have.
+    """
+    found_arch = checkpoints.value(checkpoint, "arch", str, path) or arch or DEFAULT_ARCH
+    check_architecture(found_arch)
+    found_stem = None
+    if has_stem(found_arch):
+        found_stem = checkpoints.value(checkpoint, "stem", str, path) or stem or "stock"
+        if found_stem not in STEMS:
+            raise UserError(f"checkpoint {path}: unknown stem {found_stem!r}: damaged")
+    # The head is the last layer of every classifier of torchvision.
+    head = next(reversed(checkpoint["state_dict"].values()))
+    num_classes = head.shape[0] if head.dim() else 0
+    size = checkpoints.value(checkpoint, "image_size", int, path) or DEFAULT_SIZE
+    if num_classes < 1 or size < 1:
+        raise UserError(f"checkpoint {path}: {num_classes} classes at {size} px: damaged")
+    return ModelSpec(found_arch, found_stem, num_classes, size)
+
+
+def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path, arch: str) -> None:
+    """Load a checkpoint's state dict.
+
+    Raises:
+        UserError: when its names or shapes are not those of the model.
+    """
+    state, own = checkpoint["state_dict"], model.state_dict()
+    # Auxiliary heads of googlenet and inception_v3, which the kit builds without.
+    state = {k: v for k, v in state.items() if k in own or not k.lower().startswith("aux")}
+    for name in own.keys() | state.keys():
+        if name not in state or name not in own:
+            where = "lacks" if name not in state else "has a superfluous"
+            raise UserError(f"checkpoint {path}: {where} {name}: not a {arch} of this stem")
+        if state[name].shape != own[name].shape:
+            have, want = tuple(state[name].shape), tuple(own[name].shape)
+            raise UserError(f"checkpoint {path}: {name} has shape {have}, a {arch} needs {want}")
+    model.load_state_dict(state)
+
+
+def refuse_other_classes(checkpoint: Mapping[str, Any], classes: list[str], path: Path) -> None:
+    own = checkpoints.value(checkpoint, "classes", list, path)
+    count = len(own) if own else next(reversed(checkpoint["state_dict"].values())).shape[0]
+    if count != len(classes):
+        raise UserError(f"checkpoint {path} has {count} classes and the dataset {len(classes)}")
+    if own and own != classes:
+        first = next(pair for pair in zip(own, classes, strict=True) if pair[0] != pair[1])
+        raise UserError(
+            f"checkpoint {path} knows other classes than the dataset: "
+            f"{first[0]} where the dataset has {first[1]}"
+        )

@@ -1,0 +1,122 @@
+"""Running the kit's scripts and making datasets for them."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+KIT = Path(__file__).resolve().parent.parent
+REAL_DATA = KIT.parent / "shared" / "data"
+
+# A server that has imported torch and forks: each script below is a process of its own, with its
+# own exit code and streams, without the seconds that the import takes.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["resnet_main", "torch.utils.tensorboard"])
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def run(script: str, *args: object, cwd: Path, env: dict[str, str] | None = None) -> Result:
+    """Run a script of the kit as a process, in the folder `cwd`."""
+    out, err = cwd / ".stdout", cwd / ".stderr"
+    argv = [str(KIT / script), *map(str, args)]
+    process = _context.Process(target=_enter, args=(argv, cwd, env or {}, out, err))
+    process.start()
+    process.join(240)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"{argv} hangs: {out.read_text()}{err.read_text()}")
+    return Result(process.exitcode, out.read_text(), err.read_text())
+
+
+def _enter(argv: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
+    for path, number in ((out, 1), (err, 2)):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, number)
+    os.chdir(cwd)
+    os.environ.update(env)
+    sys.argv = argv
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+
+def launch(config: str, *args: object, cwd: Path, env: dict[str, str] | None = None) -> Result:
+    """`accelerate launch` with a YAML of the kit, as a user types it; a script and its flags."""
+    script, *flags = map(str, args)
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(KIT / "accelerate_configs" / config)]
+    command += ["--main_process_port", "0", str(KIT / script), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def error_line(result: Result) -> str:
+    """The one line on stderr of a process that met a mistake of the user's."""
+    assert result.code == 2, result
+    lines = result.err.splitlines()
+    assert len(lines) == 1, result
+    assert ": error: " in lines[0]
+    return lines[0]
+
+
+def image(seed: object, side: int = 64, mode: str = "RGB") -> Image.Image:
+    rng = random.Random(str(seed))
+    small = Image.frombytes("RGB", (8, 8), rng.randbytes(192))
+    return small.resize((side, side), Image.Resampling.BICUBIC).convert(mode)
+
+
+def make_dataset(
+    root: Path,
+    layout: str = "tiny",
+    classes: int = 3,
+    train: int = 8,
+    val: int = 10,
+    side: int = 64,
+) -> Path:
+    """A small dataset: `tiny` (Tiny-ImageNet's own layout), `sorted` or `plain`.
+
+    The images and their classes are the same in every layout; validation image i belongs to
+    class i % classes.
+    """
+    names = [f"n0000000{c}" for c in range(classes)]
+    lines = []
+    for c, name in enumerate(names):
+        folder = root / "train" / name / ("" if layout == "plain" else "images")
+        folder.mkdir(parents=True)
+        for i in range(train):
+            mode = "L" if i == 1 else "RGB"
+            image((c, i), side, mode).save(folder / f"{name}_{i}.JPEG")
+    for i in range(val):
+        name = names[i % classes]
+        folder = {
+            "tiny": root / "val" / "images",
+            "sorted": root / "val" / name / "images",
+            "plain": root / "val" / name,
+        }[layout]
+        folder.mkdir(parents=True, exist_ok=True)
+        image(("val", i), side).save(folder / f"val_{i}.JPEG")
+        lines.append(f"val_{i}.JPEG\t{name}\t0\t0\t62\t62\n")
+    if layout == "tiny":
+        (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    return root

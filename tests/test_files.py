@@ -1,0 +1,120 @@
+"""Files are whole or absent, downloads are verified, archives stay in their folder."""
+
+import hashlib
+import http.server
+import os
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import files
+from runtime import UserError
+
+CONTENT = os.urandom(3_000_000)
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path == "/missing":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        self.wfile.write(CONTENT[:1000] if self.path == "/broken" else CONTENT)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_a_download_is_whole(server: str, tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "file.zip"
+    files.download(f"{server}/file", path, size=len(CONTENT), md5=MD5)
+    assert path.read_bytes() == CONTENT
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("page", "size", "md5", "message"),
+    [
+        ("/file", len(CONTENT) - 1, MD5, "more than"),
+        ("/file", len(CONTENT) + 1, MD5, "bytes expected, but there are 3000000"),
+        ("/file", len(CONTENT), "0" * 32, "not the file expected"),
+        ("/missing", len(CONTENT), MD5, "the server answered 404"),
+        ("/broken", len(CONTENT), MD5, "broke off|there are 1000"),
+    ],
+)
+def test_a_download_that_fails_leaves_nothing(
+    server: str, tmp_path: Path, page: str, size: int, md5: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        files.download(server + page, tmp_path / "file.zip", size=size, md5=md5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_download_without_a_server(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="refused"):
+        files.download("http://127.0.0.1:9/x", tmp_path / "x", size=1, md5=MD5)
+
+
+def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), files.whole_or_absent(path) as temporary:
+        temporary.write_text("half of the n")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    with files.whole_or_absent(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    child = os.fork()
+    if not child:
+        with files.whole_or_absent(tmp_path / "file") as temporary:
+            temporary.write_text("half")
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    with files.whole_or_absent(tmp_path / "file") as temporary:
+        temporary.write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_unpacking(tmp_path: Path) -> None:
+    archive = tmp_path / "archive.zip"
+    with zipfile.ZipFile(archive, "w") as content:
+        content.mkdir("set")
+        content.writestr("set/train/a.txt", "a")
+        content.writestr("elsewhere/b.txt", "b")
+    files.unpack(archive, "set", tmp_path / "here")
+    assert [p.name for p in (tmp_path / "here").rglob("*")] == ["train", "a.txt"]
+    with pytest.raises(UserError, match="no folder other"):
+        files.unpack(archive, "other", tmp_path / "there")
+
+
+def test_archives_that_leave_their_folder_or_are_damaged_unpack_nothing(tmp_path: Path) -> None:
+    archive = tmp_path / "archive.zip"
+    with zipfile.ZipFile(archive, "w") as content:
+        content.writestr("set/fine.txt", "fine")
+        content.writestr("set/../../escaped.txt", "bad")
+    with pytest.raises(UserError, match="outside itself"):
+        files.unpack(archive, "set", tmp_path / "here")
+    archive.write_bytes(archive.read_bytes()[:100])
+    with pytest.raises(UserError, match="not a whole zip"):
+        files.unpack(archive, "set", tmp_path / "here")
+    assert list(tmp_path.iterdir()) == [archive]

@@ -1,0 +1,273 @@
+"""Layouts, the decode cache, and what each process sees of an epoch."""
+
+import hashlib
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from kit import REAL_DATA, image, make_dataset
+from PIL import Image
+from torchvision.transforms import v2
+
+import files
+import image_data
+import image_sources
+from image_cache import BadImageError, decoded_images, refuse_bad_images, small_side
+from image_data import ImageLoader, find_images
+from runtime import UserError
+
+
+def load(root: Path, size: int = 32) -> image_data.ImageData:
+    return image_data.load(str(root), size, seed=5, workers=0, download=False)
+
+
+def loader(
+    images: Any, rank: int = 0, world_size: int = 1, train: bool = True, **options: Any
+) -> ImageLoader:
+    accelerator: Any = SimpleNamespace(
+        device=torch.device("cpu"), process_index=rank, num_processes=world_size
+    )
+    options = {"batch_size": 12, "image_size": 32, "seed": 5, "workers": 0, **options}
+    return ImageLoader(accelerator, images, train=train, **options)
+
+
+def test_all_layouts_give_the_same_classes_labels_and_pixels(tmp_path: Path) -> None:
+    found = [
+        load(make_dataset(tmp_path / name, layout))
+        for name, layout in (("a", "tiny"), ("b", "sorted"), ("c", "plain"))
+    ]
+    for data in found:
+        assert data.classes == ["n00000000", "n00000001", "n00000002"]
+        assert len(data.train) == 24
+        assert data.train.targets.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+        labels = {
+            Path(p).name: int(t) for p, t in zip(data.val.paths, data.val.targets, strict=True)
+        }
+        assert labels == {f"val_{i}.JPEG": i % 3 for i in range(10)}
+        assert isinstance(data.train, image_data.DecodedImages)
+        assert torch.equal(data.train.images, found[0].train.images)  # type: ignore[union-attr]
+        grey = data.train.images[1]
+        assert torch.equal(grey[0], grey[2]) and not torch.equal(grey, data.train.images[0])
+
+
+def test_real_tiny_imagenet(tmp_path: Path) -> None:
+    archive = REAL_DATA / "tiny-imagenet-20.zip"
+    if not archive.exists():
+        pytest.skip(f"needs {archive}")
+    files.unpack(archive, "tiny-imagenet-200", tmp_path / "data")
+    data = image_data.load(str(tmp_path / "data"), 64, seed=1, workers=2, download=False)
+    assert data.classes[:2] == ["n01443537", "n01629819"]
+    assert (len(data.train), len(data.val)) == (10_000, 1_000)
+    assert data.val.targets.bincount().tolist() == [50] * 20
+    assert isinstance(data.train, image_data.DecodedImages)
+    grey = (data.train.images[:, 0] == data.train.images[:, 2]).flatten(1).all(1)
+    assert grey.sum() >= 39
+
+
+def test_broken_datasets_are_refused(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "set")
+    annotations = root / "val" / "val_annotations.txt"
+    good = annotations.read_text()
+
+    def refused(pattern: str, where: Path = root) -> None:
+        with pytest.raises(UserError, match=pattern):
+            find_images(where)
+
+    for bad, pattern in (
+        (good + "val_77.JPEG\tn00000001\t0\t0\t1\t1\n", "line 11: .*val_77.JPEG does not exist"),
+        (good.replace("n00000002", "n00000009"), "line 3: class n00000009 is not in train"),
+        (good + good.splitlines()[0], "annotated twice"),
+        (good.split("\n", 1)[1], r"1 image\(s\) .* have no line: val_0.JPEG"),
+        ("", "annotates no image"),
+    ):
+        annotations.write_text(bad)
+        refused(pattern)
+    refused("no such folder", tmp_path / "nothing")
+    refused("is a file", annotations)
+    (tmp_path / "empty").mkdir()
+    refused(r"no folder train/ \(it holds nothing\)", tmp_path / "empty")
+    (tmp_path / "empty" / "train").mkdir()
+    refused("no folder val/", tmp_path / "empty")
+    (tmp_path / "empty" / "val").mkdir()
+    refused("train/ holds no class folders", tmp_path / "empty")
+    (tmp_path / "empty" / "train" / "cat").mkdir()
+    refused("cat: holds no images", tmp_path / "empty")
+
+    plain = make_dataset(tmp_path / "plain", "plain")
+    (plain / "val" / "dog").mkdir()
+    refused(r"val/ has 1 class\(es\) that train/ lacks: dog", plain)
+
+
+def test_bad_images_are_all_named_at_once(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "set")
+    paths = find_images(root).train.paths
+    whole = Path(paths[3]).read_bytes()
+    Path(paths[3]).write_bytes(whole[: len(whole) // 2])
+    Path(paths[10]).write_bytes(b"")
+    Path(paths[17]).write_text("a web page")
+    for attempt in (lambda: load(root), lambda: refuse_bad_images(paths, workers=0)):
+        with pytest.raises(UserError) as refusal:
+            attempt()
+        message = str(refusal.value)
+        assert message.startswith("3 of ")
+        for path, why in (
+            (paths[3], "truncated"),
+            (paths[10], "empty"),
+            (paths[17], "not an image"),
+        ):
+            assert f"{path} ({why})" in message
+    assert not list(root.glob(".decoded*"))
+
+
+def test_the_cache_is_made_once_and_again_when_a_file_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_dataset(tmp_path / "set")
+    first = load(root).train
+    assert "decoding 34 images" in capsys.readouterr().out
+    load(root)
+    assert "decoding" not in capsys.readouterr().out
+    image("another").save(first.paths[0])
+    second = load(root).train
+    assert "decoding" in capsys.readouterr().out
+    assert not torch.equal(first.images[0], second.images[0])  # type: ignore[union-attr]
+    assert torch.equal(first.images[1:], second.images[1:])  # type: ignore[union-attr]
+    assert len(list(root.glob(".decoded*"))) == 1
+    # A cache that was cut is not taken for whole.
+    cache = next(root.glob(".decoded*"))
+    cache.write_bytes(cache.read_bytes()[:-1])
+    load(root)
+    assert "decoding" in capsys.readouterr().out
+
+
+def test_a_read_only_dataset_is_cached_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_dataset(tmp_path / "set")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("image_cache.tempfile.gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr("image_cache.os.access", lambda *_: False)  # root may write anywhere
+    split = find_images(root).train
+    for _ in range(2):
+        assert len(decoded_images(root, split.paths, split.stamps, 64, workers=0)) == 24
+    assert not list(root.glob(".decoded*"))
+    assert len(list((tmp_path / "tmp").iterdir())) == 1
+
+
+def test_large_images_go_through_the_originals_transforms(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "set", "plain", side=160)
+    assert small_side(find_images(root).train.paths) is None
+    data = load(root, size=56)
+    assert isinstance(data.val, image_data.ImageFiles)
+    original = v2.Compose([v2.Resize(64), v2.CenterCrop(56), v2.PILToTensor()])
+    expected = original(Image.open(data.val.paths[4]).convert("RGB"))
+    assert torch.equal(data.val[0, 4], expected)
+    assert torch.equal(data.train[2, 4], data.train[2, 4])
+    assert not torch.equal(data.train[2, 4], data.train[3, 4])
+    Path(data.train.paths[0]).unlink()
+    with pytest.raises(BadImageError):
+        list(loader(data.train, image_size=56, workers=1).epoch(0))
+
+
+@pytest.mark.parametrize("side", [64, 160])
+def test_processes_share_the_batches_of_one(tmp_path: Path, side: int) -> None:
+    # 27 samples in global batches of 12: the last one has 3, for 4 processes.
+    data = load(make_dataset(tmp_path / "set", train=9, side=side))
+    alone = list(loader(data.train).epoch(3))
+    together = [list(loader(data.train, rank, 4).epoch(3)) for rank in range(4)]
+    assert [len(batch.indices) for batch in alone] == [12, 12, 3]
+    assert sorted(torch.cat([b.indices for b in alone]).tolist()) == list(range(27))
+    for step, batch in enumerate(alone):
+        parts = [batches[step] for batches in together]
+        assert len({p.images.shape for p in parts}) == 1
+        real = [p.weights.bool() for p in parts]
+        for field in ("indices", "targets", "images"):
+            mine = torch.cat([getattr(p, field)[r] for p, r in zip(parts, real, strict=True)])
+            assert torch.equal(mine, getattr(batch, field)), field
+        assert {p.size for p in parts} == {len(batch.indices)}
+
+
+def test_an_epoch_can_start_anywhere_and_differs_from_the_next(tmp_path: Path) -> None:
+    data = load(make_dataset(tmp_path / "set", train=9))
+    train = loader(data.train)
+    whole, rest = list(train.epoch(1)), list(train.epoch(1, start=1))
+    assert torch.equal(whole[1].images, rest[0].images)
+    assert torch.equal(whole[2].images, rest[1].images)
+    other = next(iter(train.epoch(2)))
+    assert not torch.equal(other.indices, whole[0].indices)
+    assert not torch.equal(
+        next(iter(loader(data.train, seed=6).epoch(1))).indices, whole[0].indices
+    )
+
+
+def test_mixing_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    data = load(make_dataset(tmp_path / "set", train=9))
+    mix = v2.RandomChoice([v2.CutMix(num_classes=3), v2.MixUp(num_classes=3)])
+    alone = list(loader(data.train, mix=mix).epoch(0))
+    together = [list(loader(data.train, rank, 2, mix=mix).epoch(0)) for rank in range(2)]
+    for step, batch in enumerate(alone):
+        for field in ("images", "soft_targets", "targets"):
+            parts = [getattr(b[step], field)[b[step].weights.bool()] for b in together]
+            assert torch.equal(torch.cat(parts), getattr(batch, field)), field
+    assert alone[0].soft_targets is not None
+    torch.testing.assert_close(alone[0].soft_targets.sum(1), torch.ones(12))
+    plain = next(iter(loader(data.train).epoch(0)))
+    assert not torch.equal(plain.images, alone[0].images)
+
+
+def test_validation_batches_go_whole_to_the_processes_in_turn(tmp_path: Path) -> None:
+    data = load(make_dataset(tmp_path / "set", val=30))
+
+    def batches(rank: int, world_size: int) -> list[list[int]]:
+        own = loader(data.val, rank, world_size, train=False, batch_size=8)
+        return [batch.indices.tolist() for batch in own.epoch(0)]
+
+    assert batches(0, 1) == [[*range(i, min(i + 8, 30))] for i in range(0, 30, 8)]
+    for rank in range(4):
+        assert batches(rank, 4) == batches(0, 1)[rank::4]
+
+
+def test_the_sample_is_drawn_alike_everywhere(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        image_sources.draw_sample(tmp_path / name)
+    trees = [sorted(p for p in (tmp_path / n).rglob("*") if p.is_file()) for n in ("a", "b")]
+    assert [p.read_bytes() for p in trees[0]] == [p.read_bytes() for p in trees[1]]
+    data = image_data.load(str(tmp_path / "a"), 64, seed=1, workers=2, download=False)
+    assert (len(data.classes), len(data.train), len(data.val)) == (10, 2500, 500)
+    assert data.val.targets.bincount().tolist() == [50] * 10
+
+
+def test_tiny_imagenet_is_downloaded_verified_and_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transfer itself is tested in test_files.py; here a copy stands for it."""
+    monkeypatch.chdir(tmp_path)
+    make_dataset(tmp_path / "made" / "tiny-imagenet-200")
+    archive = Path(shutil.make_archive("made", "zip", tmp_path / "made"))
+    monkeypatch.setattr(image_sources, "TINY_IMAGENET_SIZE", archive.stat().st_size)
+    monkeypatch.setattr(
+        image_sources, "TINY_IMAGENET_MD5", hashlib.md5(archive.read_bytes()).hexdigest()
+    )
+    calls = []
+
+    def fetch(url: str, path: Path, **_: object) -> None:
+        calls.append(url)
+        path.parent.mkdir()
+        shutil.copy(archive, path)
+
+    monkeypatch.setattr(files, "download", fetch)
+    default = str(image_sources.TINY_IMAGENET)
+    root = image_sources.resolve(default, download=True)
+    assert len(find_images(root).train.paths) == 24
+    assert calls == ["http://cs231n.stanford.edu/tiny-imagenet-200.zip"]
+    # An archive put there by hand is taken, also with --no-download; a wrong one is not.
+    shutil.rmtree(root)
+    assert image_sources.resolve(default, download=False) == root
+    shutil.rmtree(root)
+    root.with_name("tiny-imagenet-200.zip").write_bytes(b"?")
+    with pytest.raises(UserError, match="bytes expected"):
+        image_sources.resolve(default, download=True)
+    assert len(calls) == 1

@@ -1,0 +1,136 @@
+"""Architectures, stems and checkpoints of several origins."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+import checkpoint as checkpoints
+import image_model
+from image_model import ModelSpec
+from runtime import UserError
+
+FAMILIES = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5"]
+FAMILIES += ["mobilenet_v3_small", "regnet_x_400mf", "resnext50_32x4d", "shufflenet_v2_x0_5"]
+FAMILIES += ["squeezenet1_1", "swin_t", "vgg11", "vit_b_16"]
+
+
+def spec(arch: str = "resnet18", stem: str | None = None, classes: int = 7) -> ModelSpec:
+    return ModelSpec(arch, stem, classes, 64)
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_every_family_gets_a_head_for_the_dataset(arch: str) -> None:
+    model = image_model.build_model(spec(arch, "stride1" if image_model.has_stem(arch) else None))
+    with torch.no_grad():
+        assert model.train()(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+    read = image_model.read_spec({"state_dict": model.state_dict()}, Path("x"), arch, None)
+    assert (read.arch, read.num_classes) == (arch, 7)
+
+
+@pytest.mark.parametrize(
+    ("stem", "conv", "pool", "last"),
+    [("stride1", 64, 32, 4), ("stock", 32, 16, 2), ("cifar", 64, 64, 8)],
+)
+def test_stems_give_the_published_sizes(stem: str, conv: int, pool: int, last: int) -> None:
+    model = image_model.build_model(spec(stem=stem))
+    sizes: dict[str, tuple[int, ...]] = {}
+    for name in ("conv1", "maxpool", "layer1", "layer4", "avgpool"):
+        getattr(model, name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: sizes.update(
+                {name: tuple(output.shape[1:])}
+            )
+        )
+    model(torch.zeros(2, 3, 64, 64))
+    assert sizes == {
+        "conv1": (64, conv, conv),
+        "maxpool": (64, pool, pool),
+        "layer1": (64, pool, pool),
+        "layer4": (512, last, last),
+        "avgpool": (512, 1, 1),
+    }
+
+
+def test_stock_and_stride1_share_a_state_dict_with_torchvision() -> None:
+    torch.manual_seed(0)
+    stride1 = image_model.build_model(spec(stem="stride1"))
+    stock = image_model.build_model(spec(stem="stock"))
+    stock.load_state_dict(stride1.state_dict())
+    models.resnet18(num_classes=7).load_state_dict(stride1.state_dict())
+
+
+@pytest.mark.parametrize("arch", ["inception_v3", "maxvit_t", "vit_h_14"])
+def test_an_image_size_that_an_architecture_cannot_take_is_refused(arch: str) -> None:
+    with pytest.raises(UserError, match=r"cannot take images of 64 px .* use --image-size \d+"):
+        image_model.build_model(spec(arch))
+
+
+def test_near_matches_of_an_unknown_architecture_are_offered() -> None:
+    with pytest.raises(UserError, match="'resnet_18': did you mean resnet18"):
+        image_model.check_architecture("resnet_18")
+
+
+@pytest.mark.parametrize("stem", ["stride1", "cifar"])
+def test_pretrained_weights_with_a_new_head(
+    stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    published = models.resnet18()
+    name = models.ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
+    torch.save(published.state_dict(), folder / name)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    model = image_model.build_model(spec(stem=stem), pretrained=True)
+    own = model.state_dict()
+    same = {
+        name
+        for name, tensor in published.state_dict().items()
+        if own[name].shape == tensor.shape and torch.equal(own[name], tensor)
+    }
+    new = {"fc.weight", "fc.bias"} | ({"conv1.weight"} if stem == "cifar" else set())
+    assert set(published.state_dict()) - same == new
+
+
+def test_pretrained_without_a_network_says_where_the_file_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"download it by hand to .*resnet18-f37072fd.pth"):
+        image_model.build_model(spec(stem="stock"), pretrained=True)
+
+
+@pytest.mark.parametrize("wrap", [None, nn.DataParallel])
+def test_checkpoints_of_the_original_and_bare_state_dicts_load(
+    wrap: type[nn.Module] | None, tmp_path: Path
+) -> None:
+    model = models.resnet34(num_classes=7)
+    state = (wrap(model) if wrap else model).state_dict()
+    original = {
+        "epoch": 3,
+        "arch": "resnet34",
+        "state_dict": state,
+        "best_acc1": torch.tensor(42.5),
+    }
+    for content, arch in ((original, None), (state, "resnet34")):
+        path = tmp_path / "checkpoint.pth.tar"
+        torch.save(content, path)
+        loaded = checkpoints.load(path)
+        read = image_model.read_spec(loaded, path, arch, None)
+        assert read == ModelSpec("resnet34", "stock", 7, 64)
+        rebuilt = image_model.build_model(read)
+        image_model.load_weights(rebuilt, loaded, path, read.arch)
+        assert torch.equal(rebuilt.state_dict()["fc.weight"], model.fc.weight)
+    assert checkpoints.value(checkpoints.load(path), "best_acc1", float, path) is None
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save(models.resnet34(num_classes=7).state_dict(), path)
+    loaded = checkpoints.load(path)
+    with pytest.raises(UserError, match="not a resnet18"):
+        image_model.load_weights(models.resnet18(num_classes=7), loaded, path, "resnet18")
+    with pytest.raises(UserError, match="has shape"):
+        image_model.load_weights(models.resnet34(num_classes=8), loaded, path, "resnet34")

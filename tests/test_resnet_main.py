@@ -1,0 +1,247 @@
+"""The main job, as its user runs it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from kit import KIT, Result, error_line, launch, make_dataset, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision import models
+
+TAGS = {f"{name}/{split}" for name in ("Loss", "Acc@1", "Acc@5") for split in ("train", "val")}
+TAGS |= {"LR", "Throughput/train"}
+FAST = ("--image-size", 32, "--stem", "stock", "-b", 8, "-j", 1, "--lr", 0.01)
+SUMMARY = re.compile(r"^ \* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) Loss (\d+\.\d{3})$", re.MULTILINE)
+LINE = re.compile(
+    r"^Epoch: \[0\]\[1/3\]\tTime +\d+\.\d{3} \( *\d+\.\d{3}\)\tData +\d+\.\d{3} \( *\d+\.\d{3}\)"
+    r"\tLoss \d\.\d{4}e[+-]\d\d \(\d\.\d{4}e[+-]\d\d\)\tAcc@1 +\d+\.\d\d \( *\d+\.\d\d\)"
+    r"\tAcc@5 +\d+\.\d\d \( *\d+\.\d\d\)$",
+    re.MULTILINE,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A folder with a dataset, `set`, and two epochs trained on it."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_dataset(folder / "set")
+    result = run("resnet_main.py", "set", *FAST, "--epochs", 2, "--seed", 1, cwd=folder)
+    assert result.code == 0, result
+    return folder, result
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+def test_lines_are_the_originals(trained: tuple[Path, Result]) -> None:
+    _, result = trained
+    assert LINE.search(result.out)
+    assert len(SUMMARY.findall(result.out)) == 2
+    assert "\r" not in result.out + result.err
+    assert "=> creating model 'resnet18', 3 classes, 32 px, stem stock" in result.out
+
+
+def test_tensorboard_has_the_tags_and_one_point_an_epoch(trained: tuple[Path, Result]) -> None:
+    folder, result = trained
+    found = scalars(folder / "output" / "resnet" / "logs")
+    assert set(found) == TAGS
+    assert all([step for step, _ in points] == [0, 1] for points in found.values())
+    last = SUMMARY.findall(result.out)[-1]
+    for tag, printed in zip(("Acc@1/val", "Acc@5/val", "Loss/val"), last, strict=True):
+        assert found[tag][1][1] == pytest.approx(float(printed), abs=5e-4)
+
+
+def test_the_checkpoint_is_plain_data_and_rebuilds_the_model(trained: tuple[Path, Result]) -> None:
+    folder, result = trained
+    output = folder / "output" / "resnet"
+    assert {p.name for p in output.iterdir()} == {"checkpoint.pth", "model_best.pth", "logs"}
+    content = torch.load(output / "checkpoint.pth", weights_only=True)
+    assert set(content) >= {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "scheduler"}
+    assert (content["epoch"], content["step"], content["stem"]) == (2, 0, "stock")
+    assert (content["image_size"], content["num_classes"], content["seed"]) == (32, 3, 1)
+    assert content["classes"] == ["n00000000", "n00000001", "n00000002"]
+    models.resnet18(num_classes=3).load_state_dict(content["state_dict"])
+    best = torch.load(output / "model_best.pth", weights_only=True)
+    assert best["best_acc1"] == content["best_acc1"]
+    assert best["best_acc1"] == max(float(acc1) for acc1, _, _ in SUMMARY.findall(result.out))
+
+
+def test_evaluation_needs_no_flags_and_does_not_depend_on_the_number_of_processes(
+    trained: tuple[Path, Result],
+) -> None:
+    folder, result = trained
+    checkpoint = "output/resnet/checkpoint.pth"
+    make_dataset(
+        folder / "larger", val=37
+    )  # in batches of 8, of which four processes get 2, 1, 1, 1
+    for data, check in (("set", SUMMARY.findall(result.out)[-1]), ("larger", None)):
+        flags = (data, "-e", "--resume", checkpoint, "-b", 8)
+        alone = run("resnet_main.py", *flags, cwd=folder)
+        four = launch("cpu4.yaml", "resnet_main.py", *flags, cwd=folder)
+        assert alone.code == four.code == 0, (alone, four)
+        assert "=> 4 processes on CPU" in four.out
+        assert len(SUMMARY.findall(alone.out)) == 1
+        assert SUMMARY.findall(alone.out) == SUMMARY.findall(four.out)
+        assert check is None or SUMMARY.findall(alone.out) == [check]
+
+
+def test_flags_that_disagree_with_the_checkpoint_are_named(trained: tuple[Path, Result]) -> None:
+    flags = ["set", "-e", "--resume", "output/resnet/model_best.pth"]
+    flags += ["-a", "resnet50", "--image-size", "64", "--stem", "stock"]
+    result = run("resnet_main.py", *flags, cwd=trained[0])
+    assert result.code == 0
+    assert "model_best.pth has arch resnet18: --arch resnet50 is ignored" in result.out
+    assert "model_best.pth has image_size 32: --image-size 64 is ignored" in result.out
+    assert "--stem" not in result.out
+
+
+def test_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(
+    trained: tuple[Path, Result],
+) -> None:
+    folder, _ = trained
+    flags = ("set", *FAST, "--seed", 1, "--output-dir", "halves", "--checkpoint-every", 2)
+    first = run("resnet_main.py", *flags, "--epochs", 1, cwd=folder)
+    assert first.code == 0
+    resume = ("--resume", "halves/checkpoint.pth")
+    second = run("resnet_main.py", *flags, "--epochs", 2, *resume, cwd=folder)
+    assert "=> loaded checkpoint 'halves/checkpoint.pth' (epoch 1, step 0)" in second.out
+    whole, halves = (
+        torch.load(folder / name / "checkpoint.pth", weights_only=True)
+        for name in ("output/resnet", "halves")
+    )
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, halves["state_dict"][name]), name
+    for name, state in whole["optimizer"]["state"].items():
+        other = halves["optimizer"]["state"][name]["momentum_buffer"]
+        assert torch.equal(state["momentum_buffer"], other)
+    curves = [scalars(folder / name / "logs") for name in ("output/resnet", "halves")]
+    for tag in TAGS - {"Throughput/train"}:
+        assert curves[0][tag] == curves[1][tag]
+
+
+def test_four_processes_train_on_the_samples_of_one(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "small", train=9)
+    make_dataset(tmp_path / "large", "plain", train=9, side=160)
+    for data in ("small", "large"):
+        flags = (KIT / "tests" / "loader_probe.py", tmp_path / data)
+        env = {"PYTHONPATH": str(KIT)}
+        alone = launch("cpu.yaml", *flags, cwd=tmp_path, env=env)
+        four = launch("cpu4.yaml", *flags, cwd=tmp_path, env=env)
+        assert alone.code == four.code == 0, (alone, four)
+        lines = [r.out.splitlines() for r in (alone, four)]
+        batches = [[line for line in out if line.startswith("[")] for out in lines]
+        assert len(batches[0]) == 3
+        assert batches[0] == batches[1]
+        assert [out[-1].split()[0] for out in lines] == ["1", "4"]
+
+
+def test_four_processes_train_and_write_one_checkpoint(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", train=9)
+    flags = ("set", *FAST, "--epochs", 2, "--seed", 1, "--cutmix", 1, "--mixup", 0.2)
+    result = launch("cpu4.yaml", "resnet_main.py", *flags, cwd=tmp_path)
+    assert result.code == 0, result
+    assert len(SUMMARY.findall(result.out)) == 2
+    assert result.out.count("=> creating model") == 1
+    assert all(len(points) == 2 for points in scalars(tmp_path / "output/resnet/logs").values())
+    evaluated = run(
+        "resnet_main.py",
+        "set",
+        "-e",
+        "--resume",
+        "output/resnet/checkpoint.pth",
+        "-b",
+        8,
+        cwd=tmp_path,
+    )
+    assert SUMMARY.findall(evaluated.out) == SUMMARY.findall(result.out)[-1:]
+
+
+def test_options_of_the_training_loop(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set")
+    flags = [*FAST, "--epochs", 3, "--lr-schedule", "cosine", "--warmup-epochs", 1]
+    flags += ["--label-smoothing", 0.1, "--sync-bn", "-a", "resnext50_32x4d", "--log-dir", "logs"]
+    result = run("resnet_main.py", "set", *flags, cwd=tmp_path)
+    assert result.code == 0, result
+    rates = [value for _, value in scalars(tmp_path / "logs")["LR"]]
+    assert rates == pytest.approx([0.005, 0.01, 0.005])
+
+
+def test_dummy_data_needs_no_disk(tmp_path: Path) -> None:
+    """Stopped by its own learning rate: an epoch of 1.3 million images is not for a test."""
+    flags = ("--dummy", "--image-size", 32, "-b", 4, "--lr", 1e30, "-a", "squeezenet1_1")
+    result = run("resnet_main.py", *flags, cwd=tmp_path)
+    assert "=> Dummy data is used!" in result.out
+    assert "[     1/320292]" in result.out
+    assert "the loss is not finite in epoch 0 at step" in error_line(result)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
+    trained: tuple[Path, Result],
+) -> None:
+    folder, _ = trained
+    checkpoint = folder / "output" / "resnet" / "checkpoint.pth"
+    before = checkpoint.read_bytes()
+    flags = ("set", *FAST, "--epochs", 9, "--resume", checkpoint, "--lr", 1e30)
+    line = error_line(run("resnet_main.py", *flags, "--checkpoint-every", 1, cwd=folder))
+    assert re.search(r"not finite in epoch 2 at step [012]: lower --lr", line)
+    kept = torch.load(checkpoint, weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values())
+    checkpoint.write_bytes(before)
+
+
+def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result]) -> None:
+    folder, _ = trained
+    best = "output/resnet/model_best.pth"
+    make_dataset(folder / "four", classes=4)
+    (folder / "cut.pth").write_bytes((folder / best).read_bytes()[:1000])
+    (folder / "text.pth").write_text("hello")
+    torch.save(torch.nn.Linear(1, 1), folder / "code.pth")
+    (folder / "file").write_text("a file")
+    (folder / "empty").mkdir()
+    damaged = make_dataset(folder / "damaged")
+    victims = sorted((damaged / "train" / "n00000001" / "images").iterdir())[:2]
+    for victim in victims:
+        victim.write_bytes(victim.read_bytes()[:300])
+    files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".std")]
+    before = {p: p.read_bytes() for p in files}
+    cases: dict[tuple[object, ...], str] = {
+        ("nowhere",): "dataset nowhere: no such folder",
+        ("file",): "dataset file: is a file",
+        ("empty",): "has no folder train/",
+        ("damaged",): f"{victims[0].name} (truncated), ",
+        ("damaged", "-e"): f"{victims[1].name} (truncated)",
+        ("set", "--resume", "none.pth"): "none.pth: no such file",
+        ("set", "--resume", "cut.pth"): "cut.pth: damaged, cut, or no checkpoint",
+        ("set", "--resume", "text.pth"): "text.pth: damaged, cut, or no checkpoint",
+        ("set", "--resume", "code.pth"): "code.pth: holds more than tensors",
+        ("four", "--resume", best): "has 3 classes and the dataset 4",
+        ("set", "-b", "0"): "-b/--batch-size: must be at least 1",
+        ("set", "-b", "x"): "invalid positive_int value: 'x'",
+        ("set", "--lr", "-1"): "must be a number from 0 on",
+        ("set", "--lr", "nan"): "must be a number from 0 on",
+        ("set", "--epochs", "-3"): "must be at least 1",
+        ("set", "--label-smoothing", "1"): "must be below 1",
+        ("set", "-a", "resnet19"): "unknown architecture 'resnet19': did you mean resnet1",
+        ("set", "-a", "maxvit_t"): "use --image-size 224",
+        ("set", "--stem", "other"): "invalid choice: 'other'",
+        ("set", "--output-dir", "file/x"): "cannot write to file/x: Not a directory",
+        ("set", "--log-dir", "file"): "cannot write to file: File exists",
+        ("set", "--world-size", "4"): "accelerate launch --config_file",
+        ("set", "--multiprocessing-distributed"): "accelerate launch --config_file",
+        ("set", "--no-accel"): "accelerate launch --config_file",
+        ("set", "--gpu", "0"): "accelerate launch --config_file",
+        ("--no-download",): "put http://cs231n.stanford.edu/tiny-imagenet-200.zip at data/",
+    }
+    for flags, message in cases.items():
+        options = () if "--resume" in flags else ("--output-dir", "elsewhere")
+        line = error_line(run("resnet_main.py", *options, *flags, cwd=folder))
+        assert message in line, (flags, line)
+    offline = run("resnet_main.py", cwd=folder, env={"http_proxy": "http://127.0.0.1:9"})
+    assert "or try the built-in dataset: sample" in error_line(offline)
+    assert before == {p: p.read_bytes() for p in files}
+    assert not (folder / "elsewhere" / "checkpoint.pth").exists()
