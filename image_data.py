@@ -291,6 +291,7 @@ class ImageLoader:
             whole batches in file order go to the processes in turn, so that a batch, and with
             it every bit of its result, is the same on any number of processes.
         workers: processes that decode, for ImageFiles.
+        rows: the samples to deliver when not training, in their order; all by default.
         mix: maps images and targets to mixed images and soft targets (CutMix, MixUp).
     """
 
@@ -305,10 +306,12 @@ class ImageLoader:
         train: bool,
         workers: int,
         mix: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
+        rows: torch.Tensor | None = None,
     ) -> None:
         self.images, self.targets = images, images.targets
         self.batch_size, self.image_size = batch_size, image_size
         self.seed, self.train, self.mix = seed, train, mix
+        self.rows = torch.arange(len(images)) if rows is None else rows
         self.device = accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.sampler = _EpochBatches()
@@ -324,12 +327,12 @@ class ImageLoader:
 
     def __len__(self) -> int:
         """Global batches an epoch."""
-        return -(-len(self.images) // self.batch_size)
+        return -(-len(self.rows) // self.batch_size)
 
     def order(self, epoch: int) -> torch.Tensor:
         """Sample indices in the order of `epoch`."""
         if not self.train:
-            return torch.arange(len(self.images))
+            return self.rows
         seed = derive_seed("order", self.seed, epoch)
         return torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))
 

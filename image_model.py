@@ -92,21 +92,25 @@ def _construct(spec: ModelSpec) -> nn.Module:
 
 
 def _try(spec: ModelSpec) -> tuple[nn.Module | None, str]:
-    """The model, or None and what it said of the image size.
-
-    A forward pass on the meta device computes shapes alone.
-    """
+    """The model, or None and what it said of the image size."""
     try:
         model = _construct(spec)
-        tensors = [*model.named_parameters(), *model.named_buffers()]
-        shapes = {name: tensor.to("meta") for name, tensor in tensors}
-        image = torch.empty(2, 3, spec.image_size, spec.image_size, device="meta")
         with torch.no_grad():
-            functional_call(model.eval(), shapes, (image,))
+            images = torch.empty(2, 3, spec.image_size, spec.image_size, device="meta")
+            functional_call(model.eval(), meta_tensors(model), (images,))
     # Each architecture refuses in its own way: asserts, ValueErrors, RuntimeErrors of a kernel.
     except Exception as error:
         return None, str(error).splitlines()[0] if str(error) else type(error).__name__
     return model.train(), ""
+
+
+def meta_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers on the meta device, for torch.func.functional_call.
+
+    A pass with them and with meta images has every shape and every hook, and no arithmetic.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {n: t.detach().to("meta").requires_grad_(t.requires_grad) for n, t in tensors}
 
 
 def _load_pretrained(model: nn.Module, arch: str) -> None:

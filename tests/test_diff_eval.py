@@ -1,0 +1,164 @@
+"""Two models whose predictions are known by construction, compared as a user does."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from kit import Result, error_line, launch, run
+from PIL import Image
+from torchvision import models
+
+from image_augment import MEAN, STD
+
+# Grey levels of the validation images of each class; a model says 1 above its threshold.
+LEVELS = {"cat": [10, 60, 110, 160, 210], "dog": [30, 90, 140, 190, 240], "fox": [50, 200]}
+THRESHOLDS = {"a": 100, "b": 150}
+
+
+def brightness_model(threshold: int, classes: int = 3) -> dict[str, torch.Tensor]:
+    """A ResNet-18 that says class 1 for images brighter than `threshold`, else class 0.
+
+    Its only path copies red to a feature: the residual branches and other channels are zero.
+    """
+    state = {
+        name: torch.ones_like(tensor) if tensor.dim() == 1 else torch.zeros_like(tensor)
+        for name, tensor in models.resnet18(num_classes=classes).state_dict().items()
+    }
+    for name, tensor in state.items():
+        if name.endswith(("running_mean", "bias")):
+            tensor.zero_()
+        elif "conv1.weight" in name and name.startswith("conv1"):
+            tensor[0, 0, 3, 3] = 1
+        elif "downsample.0" in name:
+            tensor[0, 0] = 1
+    red, spread = float(MEAN[0, 0]), float(STD[0, 0])
+    state["bn1.bias"][0] = red / spread  # back above zero, for the ReLU
+    state["fc.weight"].zero_()
+    state["fc.weight"][1, 0] = 5.0
+    state["fc.bias"].fill_(-100.0)
+    state["fc.bias"][0] = 0
+    state["fc.bias"][1] = -5.0 * threshold / spread
+    return state
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("diff")
+    for name, levels in LEVELS.items():
+        for split in ("train", "val"):
+            images = folder / "set" / split / name
+            images.mkdir(parents=True)
+            for i, level in enumerate(levels):  # the same file names in every class
+                Image.new("RGB", (32, 32), (level, 0, 0)).save(images / f"{i}.png")
+    (folder / "set" / "words.txt").write_text("dog\tdomestic dog, Canis familiaris\nelk\tmoose\n")
+    for name, threshold in THRESHOLDS.items():
+        state = brightness_model(threshold)
+        kit = {"arch": "resnet18", "stem": "stock", "image_size": 32, "num_classes": 3}
+        kit["classes"] = ["cat", "dog", "fox"]
+        torch.save({**kit, "state_dict": state}, folder / f"{name}.pth")
+        torch.save(state, folder / f"{name}_bare.pth")
+    return folder
+
+
+def compare(folder: Path, *flags: object) -> Result:
+    result = run("diff_eval.py", *flags, "--data", "set", cwd=folder)
+    assert result.code == 0, result
+    return result
+
+
+def copies(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()} - {"disagreements.csv", "contact_sheet.png"}
+
+
+def test_the_images_the_table_and_the_csv_are_those_known(folder: Path) -> None:
+    result = compare(folder, "a.pth", "b.pth")
+    # Between 100 and 150, a says 1 and b says 0.
+    assert copies(folder / "diff") == {"0_a1_b0_2.png", "1_a1_b0_2.png"}
+    original = folder / "set" / "val" / "dog" / "2.png"
+    assert (folder / "diff" / "1_a1_b0_2.png").read_bytes() == original.read_bytes()
+    assert result.out.splitlines()[-8:] == [
+        "a = a.pth: Acc@1 50.000 on 10 images",
+        "b = b.pth: Acc@1 50.000 on 10 images",
+        "agreement 80.000",
+        "             b right   b wrong",
+        "a right            4         1",
+        "a wrong            1         4",
+        " * a Acc@1 50.000 b Acc@1 50.000 disagree 2 of 10",
+        "=> diff: 2 images, disagreements.csv, contact_sheet.png",
+    ]
+    with (folder / "diff" / "disagreements.csv").open() as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    row = rows["1_a1_b0_2.png"]
+    assert (row["true_class"], row["wnid"], row["name"]) == ("1", "dog", "domestic dog")
+    assert (row["a_prediction"], row["a_name"]) == ("1", "domestic dog")
+    assert (row["b_prediction"], row["b_name"]) == ("0", "cat")
+    with torch.inference_mode():
+        for model in "ab":
+            expected = (140 - THRESHOLDS[model]) / float(STD[0, 0]) * 5
+            sure = torch.tensor(abs(expected)).sigmoid()
+            assert float(row[f"{model}_probability"]) == pytest.approx(float(sure), abs=1e-3)
+    sheet = Image.open(folder / "diff" / "contact_sheet.png")
+    assert sheet.size[0] > 300
+
+
+def test_identical_checkpoints_do_not_differ_and_an_earlier_output_is_replaced(
+    folder: Path,
+) -> None:
+    compare(folder, "a.pth", "b.pth", "--output-dir", "twice")
+    result = compare(folder, "a.pth", "a.pth", "--output-dir", "twice")
+    assert " * a Acc@1 50.000 b Acc@1 50.000 disagree 0 of 10" in result.out
+    assert copies(folder / "twice") == set()
+    assert len((folder / "twice" / "disagreements.csv").read_text().splitlines()) == 1
+
+
+def test_classes_are_named_by_number_by_name_or_all(folder: Path) -> None:
+    for names, count in ((("2",), 2), (("fox", "0"), 7), (("all",), 12)):
+        flags = ("a.pth", "b.pth", "--output-dir", "classes", "--classes", *names)
+        assert f" of {count}\n" in compare(folder, *flags).out
+
+
+def test_misclassified_images_of_one_model_and_of_two(folder: Path) -> None:
+    result = compare(folder, "--misclassified", "a.pth", "--output-dir", "wrong")
+    wrong = {f"0_misclassified_to_1_{i}.png" for i in (2, 3, 4)}
+    wrong |= {f"1_misclassified_to_0_{i}.png" for i in (0, 1)}
+    assert copies(folder / "wrong") == wrong
+    assert " * a Acc@1 50.000 misclassified 5 of 10" in result.out
+    compare(folder, "--misclassified", "a.pth", "b.pth", "--output-dir", "wrong")
+    assert len(copies(folder / "wrong")) == 10
+    assert "1_b_misclassified_to_0_2.png" in copies(folder / "wrong")
+
+
+def test_bare_state_dicts_and_four_processes_give_the_same(folder: Path) -> None:
+    flags = ["diff_eval.py", "a_bare.pth", "b.pth", "--data", "set", "--classes", "all"]
+    alone = run(*flags, "-a", "resnet18", "--output-dir", "one", cwd=folder)
+    four = launch("cpu4.yaml", *flags, "-b", 4, "--output-dir", "four", cwd=folder)
+    assert alone.code == four.code == 0, (alone, four)
+    one, other = (sorted((folder / name).iterdir()) for name in ("one", "four"))
+    assert [p.name for p in one] == [p.name for p in other]
+    tables = [(folder / n / "disagreements.csv").read_text() for n in ("one", "four")]
+    assert tables[0] == tables[1]
+
+
+def test_bad_input_is_one_line_and_touches_nothing(folder: Path) -> None:
+    mine = folder / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    state = brightness_model(100, classes=4)
+    torch.save({"arch": "resnet18", "state_dict": state}, folder / "four.pth")
+    other = {"arch": "resnet18", "state_dict": brightness_model(9), "classes": ["a", "b", "c"]}
+    torch.save(other, folder / "other.pth")
+    for flags, message in {
+        ("a.pth", "b.pth", "--output-dir", "mine"): "did not write (thesis.txt)",
+        ("a.pth", "b.pth", "--output-dir", "a.pth"): "a.pth is a file",
+        ("a.pth",): "2 checkpoints wanted",
+        ("a.pth", "none.pth"): "none.pth: no such file",
+        ("a.pth", "four.pth"): "a.pth has 3 classes and four.pth 4",
+        ("a.pth", "other.pth"): "other.pth knows other classes than the dataset",
+        ("a.pth", "b.pth", "--classes", "3"): "no class 3: the dataset has 0 to 2",
+        ("a.pth", "b.pth", "--classes", "elk"): "no class elk",
+        ("a.pth", "b.pth", "--data", "nowhere"): "dataset nowhere: no such folder",
+    }.items():
+        data = () if "--data" in flags else ("--data", "set")
+        assert message in error_line(run("diff_eval.py", *flags, *data, cwd=folder))
+    assert (mine / "thesis.txt").read_text() == "precious"
