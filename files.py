@@ -71,13 +71,16 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def download(url: str, path: Path, *, size: int, md5: str) -> None:
-    """Fetch `url` to `path` with a progress bar; `path` appears only when size and md5 match.
+def download(url: str, path: Path, *, size: int, digest: str) -> None:
+    """Fetch `url` to `path` with a progress bar; `path` appears only when size and digest match.
+
+    Args:
+        digest: "md5:" and the md5 of the file, or "git:" and git's name of such a blob.
 
     Raises:
         UserError: no network, a server's refusal, a file of another size or content, a full disk.
     """
-    digest = hashlib.md5(usedforsecurity=False)
+    hasher = _hasher(digest, size)
     received = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +93,10 @@ def download(url: str, path: Path, *, size: int, md5: str) -> None:
             # One byte more than expected is enough to know that the file is another one.
             while chunk := response.read(min(CHUNK, size + 1 - received)):
                 output.write(chunk)
-                digest.update(chunk)
+                hasher.update(chunk)
                 received += len(chunk)
                 progress.update(len(chunk))
-            _check(url, size, md5, received, digest.hexdigest())
+            _check(url, size, digest, received, hasher.hexdigest())
     except urllib.error.HTTPError as error:
         raise UserError(f"{url}: the server answered {error.code} {error.reason}") from error
     except urllib.error.URLError as error:
@@ -104,19 +107,28 @@ def download(url: str, path: Path, *, size: int, md5: str) -> None:
         raise UserError(f"{url} to {path}: {error.strerror or error}") from error
 
 
-def check_file(path: Path, *, size: int, md5: str) -> None:
-    """Raise `UserError` unless the file at `path` has this size and md5."""
+def check_file(path: Path, *, size: int, digest: str) -> None:
+    """Raise `UserError` unless the file at `path` has this size and digest."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
-    _check(str(path), size, md5, path.stat().st_size, digest.hexdigest())
+        hasher = hashlib.file_digest(file, lambda: _hasher(digest, size))
+    _check(str(path), size, digest, path.stat().st_size, hasher.hexdigest())
 
 
-def _check(name: str, size: int, md5: str, found_size: int, found_md5: str) -> None:
+def _hasher(digest: str, size: int) -> hashlib._Hash:
+    if digest.startswith("git:"):
+        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    return hashlib.md5(usedforsecurity=False)
+
+
+def _check(name: str, size: int, digest: str, found_size: int, found: str) -> None:
     if found_size != size:
-        found = f"more than {size}" if found_size > size else str(found_size)
-        raise UserError(f"{name}: {size:,} bytes expected, but there are {found}")
-    if found_md5 != md5:
-        raise UserError(f"{name}: its md5 is {found_md5} instead of {md5}: not the file expected")
+        there = f"more than {size}" if found_size > size else str(found_size)
+        raise UserError(f"{name}: {size:,} bytes expected, but there are {there}")
+    kind, _, wanted = digest.partition(":")
+    if found != wanted:
+        raise UserError(
+            f"{name}: its {kind} hash is {found} instead of {wanted}: not the file expected"
+        )
 
 
 def unpack(archive: Path, folder: str, destination: Path) -> None:

@@ -18,7 +18,7 @@ from runtime import UserError
 TINY_IMAGENET = Path("data/tiny-imagenet-200")
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_SIZE = 248_100_043
-TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+TINY_IMAGENET_DIGEST = "md5:90528d7ca1a48142e341f4ef8d21d0de"
 
 SAMPLE = Path("data/sample")
 SAMPLE_CLASSES = {
@@ -57,7 +57,7 @@ def resolve(name: str, download: bool) -> Path:
     root = Path(name)
     if root == TINY_IMAGENET and not root.exists():
         archive = root.with_name(f"{root.name}.zip")
-        expected = {"size": TINY_IMAGENET_SIZE, "md5": TINY_IMAGENET_MD5}
+        expected = {"size": TINY_IMAGENET_SIZE, "digest": TINY_IMAGENET_DIGEST}
         reason = "--no-download was given"
         try:
             if archive.exists():

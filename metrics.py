@@ -102,6 +102,54 @@ class RunningSums:
         return rows
 
 
+class LossSums:
+    """Sums of losses on the device; reading them is the only synchronisation.
+
+    Args:
+        carried: what `carry` returned in the run that this one continues.
+    """
+
+    def __init__(self, accelerator: Accelerator, carried: list[list[float]] | None) -> None:
+        self.accelerator = accelerator
+        kind = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        # Of this process's columns: since the last line, and over the epoch times rows.
+        self.total = torch.zeros(2, device=accelerator.device, dtype=kind)
+        if carried is not None:
+            rows = torch.tensor(carried, dtype=kind)
+            same = len(rows) == accelerator.num_processes
+            self.total += rows[accelerator.process_index] if same else rows.mean(0)
+        self.bad_step = torch.full_like(self.total[0], -1)
+
+    def update(self, loss: torch.Tensor, rows: int, step: int) -> None:
+        """Add the mean loss of a segment of so many rows."""
+        loss = loss.detach().to(self.total.dtype)
+        self.total += torch.stack([loss, rows * loss])
+        is_new = (self.bad_step < 0) & ~loss.isfinite()
+        self.bad_step = torch.where(is_new, step, self.bad_step)
+
+    def read(self) -> tuple[float, float]:
+        """Both sums, of the mean over all columns.
+
+        Raises:
+            FloatingPointError: with the first step whose loss was not finite as its argument.
+        """
+        mine = torch.cat([self.total, self.bad_step[None]])
+        rows = self.accelerator.gather(mine[None]).cpu()
+        bad = [int(step) for step in rows[:, 2].tolist() if step >= 0]
+        if bad:
+            raise FloatingPointError(min(bad))
+        interval, epoch, _ = rows.mean(0).tolist()
+        return interval, epoch
+
+    def begin_interval(self) -> None:
+        self.total[0].zero_()
+
+    def carry(self) -> list[list[float]]:
+        """The sums of every process, for the checkpoint of an unfinished epoch."""
+        rows: list[list[float]] = self.accelerator.gather(self.total[None]).tolist()
+        return rows
+
+
 class Meter:
     """The latest value of something and its mean, as the original prints them."""
 

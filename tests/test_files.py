@@ -14,7 +14,8 @@ import files
 from runtime import UserError
 
 CONTENT = os.urandom(3_000_000)
-MD5 = hashlib.md5(CONTENT).hexdigest()
+MD5 = f"md5:{hashlib.md5(CONTENT).hexdigest()}"
+GIT = f"git:{hashlib.sha1(b'blob 3000000' + bytes(1) + CONTENT).hexdigest()}"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -39,34 +40,36 @@ def server() -> Iterator[str]:
         running.shutdown()
 
 
-def test_a_download_is_whole(server: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("digest", [MD5, GIT])
+def test_a_download_is_whole(server: str, tmp_path: Path, digest: str) -> None:
     path = tmp_path / "new folder" / "file.zip"
-    files.download(f"{server}/file", path, size=len(CONTENT), md5=MD5)
+    files.download(f"{server}/file", path, size=len(CONTENT), digest=digest)
     assert path.read_bytes() == CONTENT
     assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
-    ("page", "size", "md5", "message"),
+    ("page", "size", "digest", "message"),
     [
         ("/file", len(CONTENT) - 1, MD5, "more than"),
         ("/file", len(CONTENT) + 1, MD5, "bytes expected, but there are 3000000"),
-        ("/file", len(CONTENT), "0" * 32, "not the file expected"),
+        ("/file", len(CONTENT), "md5:" + "0" * 32, "not the file expected"),
+        ("/file", len(CONTENT), "git:" + "0" * 40, "its git hash is"),
         ("/missing", len(CONTENT), MD5, "the server answered 404"),
         ("/broken", len(CONTENT), MD5, "broke off|there are 1000"),
     ],
 )
 def test_a_download_that_fails_leaves_nothing(
-    server: str, tmp_path: Path, page: str, size: int, md5: str, message: str
+    server: str, tmp_path: Path, page: str, size: int, digest: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        files.download(server + page, tmp_path / "file.zip", size=size, md5=md5)
+        files.download(server + page, tmp_path / "file.zip", size=size, digest=digest)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_download_without_a_server(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="refused"):
-        files.download("http://127.0.0.1:9/x", tmp_path / "x", size=1, md5=MD5)
+        files.download("http://127.0.0.1:9/x", tmp_path / "x", size=1, digest=MD5)
 
 
 def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:

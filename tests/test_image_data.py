@@ -249,7 +249,9 @@ def test_tiny_imagenet_is_downloaded_verified_and_unpacked(
     archive = Path(shutil.make_archive("made", "zip", tmp_path / "made"))
     monkeypatch.setattr(image_sources, "TINY_IMAGENET_SIZE", archive.stat().st_size)
     monkeypatch.setattr(
-        image_sources, "TINY_IMAGENET_MD5", hashlib.md5(archive.read_bytes()).hexdigest()
+        image_sources,
+        "TINY_IMAGENET_DIGEST",
+        f"md5:{hashlib.md5(archive.read_bytes()).hexdigest()}",
     )
     calls = []
 

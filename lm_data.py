@@ -1,0 +1,234 @@
+"""The text of a word language model: finding it, tokens, and batches of contiguous columns.
+
+Words, the order of the vocabulary and the batches are those of the original's data.py and
+main.py, so that a seed leads to the same run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import files
+from files import whole_or_absent
+from runtime import UserError
+
+WIKITEXT = Path("data/wikitext-2")
+WIKITEXT_URL = (
+    "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2"
+)
+# Size in bytes and git's name of the blob.
+WIKITEXT_FILES = {
+    "train": (10_797_148, "git:2d84b35af79e411d73ea7cae83c73964c6ac83b4"),
+    "valid": (1_121_681, "git:eec944eb2d9e46061cd34a6913528797db6842fc"),
+    "test": (1_256_449, "git:6f3fc88e4cd88456ea892971f9f12243e8428624"),
+}
+SAMPLE = Path("data/sample-text")
+SAMPLE_PARTS = {"train": 0.8, "valid": 0.9, "test": 1.0}  # where each ends
+END = "<eos>"
+
+
+class Corpus(NamedTuple):
+    """Tokens of the three parts, [length] of int64 positions in `vocabulary`."""
+
+    root: Path
+    vocabulary: list[str]
+    train: torch.Tensor
+    valid: torch.Tensor
+    test: torch.Tensor
+
+
+def load(name: str) -> Corpus:
+    """Tokenise the corpus that --data names, or read what was tokenised before.
+
+    Raises:
+        UserError: see `find` and `tokenise`.
+    """
+    paths = find(name)
+    root = paths[0].parent
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    fingerprint = hashlib.sha256(repr((str(root.resolve()), stamps)).encode()).hexdigest()[:24]
+    cache = f".tokens-{fingerprint}.pt"
+    folders = (root, Path(tempfile.gettempdir()))
+    for folder in folders:
+        if corpus := _read(folder / cache, root):
+            return corpus
+    corpus = tokenise(paths)
+    for folder in folders:
+        try:
+            _write(corpus, folder / cache)
+        except (OSError, RuntimeError):  # read-only or full, and then the next start tokenises
+            continue
+        break
+    return corpus
+
+
+def find(name: str) -> list[Path]:
+    """The files of the parts train, valid and test; downloaded or made where the kit can.
+
+    Raises:
+        UserError: a missing folder or file, or a failed download.
+    """
+    root = Path(name)
+    if name == "sample":
+        root = SAMPLE
+        if not root.exists():
+            write_sample(root)
+    if not root.is_dir() and root != WIKITEXT:
+        what = "is a file, not a folder" if root.exists() else "no such folder"
+        raise UserError(f"corpus {root}: {what} (try --data sample, the built-in one)")
+    return [_find_part(root, part) for part in WIKITEXT_FILES]
+
+
+def _find_part(root: Path, part: str) -> Path:
+    plain, published = root / f"{part}.txt", root / f"wiki.{part}.tokens"
+    for path in (plain, published):
+        if path.is_file():
+            return path
+    if root != WIKITEXT:
+        raise UserError(f"corpus {root}: has neither {plain.name} nor {published.name}")
+    size, digest = WIKITEXT_FILES[part]
+    url = f"{WIKITEXT_URL}/{plain.name}"
+    print(f"=> downloading {url} to {plain}", flush=True)
+    try:
+        files.download(url, plain, size=size, digest=digest)
+    except UserError as error:
+        raise UserError(
+            f"{plain} is missing and cannot be downloaded ({error}): put it there by hand, name "
+            "another folder with --data, or try the built-in corpus: --data sample"
+        ) from error
+    return plain
+
+
+def write_sample(root: Path) -> None:
+    """Write Python's own language reference as a corpus of about 114,000 words.
+
+    Raises:
+        UserError: when the folder cannot be written.
+    """
+    from pydoc_data.topics import topics  # half a megabyte that no other corpus needs
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    lines = [" ".join(re.findall(r"\w+|[^\w\s]", line)) for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with whole_or_absent(root) as temporary:
+            temporary.mkdir()
+            start = 0
+            for part, end in SAMPLE_PARTS.items():
+                stop = round(end * len(lines))
+                content = "".join(f"{line}\n" for line in lines[start:stop])
+                (temporary / f"{part}.txt").write_text(content, encoding="utf-8")
+                start = stop
+    except OSError as error:
+        raise UserError(f"cannot write the sample corpus to {root}: {error.strerror}") from error
+
+
+def tokenise(paths: list[Path]) -> Corpus:
+    """Number the words of train, valid and test in the order of their first appearance.
+
+    Words are what white space separates, and every line ends with one more, `<eos>`.
+
+    Raises:
+        UserError: a file that is empty, unreadable or not UTF-8 (its byte is named).
+    """
+    numbers: dict[str, int] = {}
+    parts = []
+    for path in paths:
+        tokens = []
+        for line in _lines(path):
+            for word in (*line.split(), END):
+                tokens.append(numbers.setdefault(word, len(numbers)))
+        parts.append(torch.tensor(tokens))
+    return Corpus(paths[0].parent, list(numbers), *parts)
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file, ended by \\n, \\r\\n or \\r as Python's `open` has them."""
+    try:
+        # Decoded at once, since a stream counts a bad byte's place from its last buffer.
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(
+            f"{path}: byte {error.start} (0x{byte:02x}) is not UTF-8: convert the file"
+        ) from error
+    if not text:
+        raise UserError(f"{path}: is empty")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def _write(corpus: Corpus, cache: Path) -> None:
+    with whole_or_absent(cache) as temporary:
+        torch.save(
+            {
+                "vocabulary": "\n".join(corpus.vocabulary),  # far quicker to read than a list
+                "tokens": [corpus.train, corpus.valid, corpus.test],
+            },
+            temporary,
+        )
+    if cache.parent == corpus.root:
+        for outdated in cache.parent.glob(".tokens-*.pt"):
+            if outdated != cache:
+                outdated.unlink(missing_ok=True)
+
+
+def _read(cache: Path, root: Path) -> Corpus | None:
+    """What `_write` left, or None where there is nothing, or nothing whole."""
+    try:
+        content = torch.load(cache, weights_only=True)
+        vocabulary = content["vocabulary"].split("\n")
+        corpus = Corpus(root, vocabulary, *content["tokens"])
+        for tokens in corpus[2:]:
+            if tokens.dtype != torch.int64 or tokens.dim() != 1:
+                return None
+            if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(vocabulary):
+                return None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    except pickle.UnpicklingError:
+        return None
+    return corpus
+
+
+def batchify(tokens: torch.Tensor, columns: int, part: str) -> torch.Tensor:
+    """Cut [length] into contiguous columns, [length // columns, columns]; the rest is dropped.
+
+    Raises:
+        UserError: when the columns would be too short to predict a single word.
+    """
+    rows = len(tokens) // columns
+    if rows < 2:
+        raise UserError(
+            f"the {part} text has {len(tokens)} words, too few for {columns} columns of two: use "
+            f"a longer text{' or a smaller --batch-size' if part == 'train' else ''}"
+        )
+    return tokens[: rows * columns].view(columns, rows).t().contiguous()
+
+
+def segments(
+    data: torch.Tensor, bptt: int, first: int = 0
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(step, tokens [t, columns], targets [t * columns]) from number `first` on.
+
+    A target is the token after; t is `bptt`, and what is left in the last segment.
+    """
+    for step in range(first, segment_count(data, bptt)):
+        start = step * bptt
+        stop = min(start + bptt, len(data) - 1)
+        yield step, data[start:stop], data[start + 1 : stop + 1].reshape(-1)
+
+
+def segment_count(data: torch.Tensor, bptt: int) -> int:
+    return -(-(len(data) - 1) // bptt)

@@ -1,0 +1,230 @@
+"""Word language models: RNNs and a causal Transformer, with the original's initial weights.
+
+The names of the parameters and the random draws at construction are those of the original's
+model.py, so a seed gives its weights to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from files import whole_or_absent
+from runtime import UserError
+
+RECURRENT = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
+MODELS = (*RECURRENT, "Transformer")
+DEFAULT_NHEAD = 2
+MAX_POSITIONS = 5000
+INIT_RANGE = 0.1
+
+# What a model remembers between segments, each [nlayers, columns, nhid]: (h,) for RNNs and GRU,
+# (h, c) for LSTM, () for the Transformer.
+Hidden = tuple[torch.Tensor, ...]
+
+
+class ModelSpec(NamedTuple):
+    """All that decides a model's weights and outputs; the fields are the flags of lm_main.py."""
+
+    model: str
+    words: int  # in the vocabulary
+    emsize: int
+    nhid: int
+    nlayers: int
+    nhead: int
+    tied: bool
+
+
+def check_spec(spec: ModelSpec, bptt: int) -> None:
+    """Raise `UserError` for sizes that do not go together."""
+    if spec.model in RECURRENT:
+        if spec.tied and spec.emsize != spec.nhid:
+            raise UserError(
+                f"--tied needs --nhid equal to --emsize, not {spec.nhid} and {spec.emsize}"
+            )
+    elif spec.emsize % spec.nhead:
+        raise UserError(f"--emsize {spec.emsize} cannot be divided by --nhead {spec.nhead}")
+    elif spec.emsize % 2:
+        raise UserError(
+            f"--emsize {spec.emsize} is odd, and the Transformer's positions are pairs of sine "
+            "and cosine: use an even one"
+        )
+    elif bptt > MAX_POSITIONS:
+        raise UserError(f"--bptt {bptt}: the Transformer has {MAX_POSITIONS} positions")
+
+
+def loss(features: torch.Tensor, decoder: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy, in float32, of the decoded features.
+
+    Args:
+        features: [t, columns, size].
+        decoder: from `size` to the words of the vocabulary.
+        targets: [t * columns].
+    """
+    logits = decoder(features).flatten(0, 1)
+    return F.cross_entropy(logits.float(), targets)
+
+
+class LanguageModel(nn.Module):
+    """Features of words, a decoder to the vocabulary, and the loss between them.
+
+    `forward` has the loss inside, because DistributedDataParallel and mixed precision wrap it
+    alone; evaluation and generation call `features` and `decoder`.
+    """
+
+    decoder: nn.Linear
+
+    def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+        """[t, columns] of tokens to [t, columns, size], each of words up to its own."""
+        raise NotImplementedError
+
+    def initial_hidden(self, columns: int) -> Hidden:
+        raise NotImplementedError
+
+    def forward(
+        self, tokens: torch.Tensor, targets: torch.Tensor, hidden: Hidden
+    ) -> tuple[torch.Tensor, Hidden]:
+        """Mean loss of a segment, and the hidden state after it, without its history."""
+        features, hidden = self.features(tokens, hidden)
+        return loss(features, self.decoder, targets), tuple(h.detach() for h in hidden)
+
+    def init_decoder(self, embedding: nn.Embedding, tied: bool) -> None:
+        """The original's initial ranges; a tied matrix is drawn twice, as there."""
+        if tied:
+            self.decoder.weight = embedding.weight
+        nn.init.uniform_(embedding.weight, -INIT_RANGE, INIT_RANGE)
+        nn.init.zeros_(self.decoder.bias)
+        nn.init.uniform_(self.decoder.weight, -INIT_RANGE, INIT_RANGE)
+
+
+class RecurrentModel(LanguageModel):
+    """Embedding, dropout, RNN layers with dropout between them, dropout, decoder."""
+
+    def __init__(self, spec: ModelSpec, dropout: float) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(dropout)
+        self.encoder = nn.Embedding(spec.words, spec.emsize)
+        kind = {"LSTM": nn.LSTM, "GRU": nn.GRU}.get(spec.model, nn.RNN)
+        options = {"nonlinearity": spec.model[4:].lower()} if kind is nn.RNN else {}
+        # torch warns of dropout "between" the layers of one.
+        between = dropout if spec.nlayers > 1 else 0.0
+        self.rnn = kind(spec.emsize, spec.nhid, spec.nlayers, dropout=between, **options)
+        self.decoder = nn.Linear(spec.nhid, spec.words)
+        self.init_decoder(self.encoder, spec.tied)
+
+    def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+        embedded = self.drop(self.encoder(tokens))
+        if isinstance(self.rnn, nn.LSTM):
+            output, hidden = self.rnn(embedded, hidden)
+        else:
+            output, state = self.rnn(embedded, *hidden)
+            hidden = (state,)
+        return self.drop(output), hidden
+
+    def initial_hidden(self, columns: int) -> Hidden:
+        rnn = self.rnn
+        zeros = self.decoder.weight.new_zeros(rnn.num_layers, columns, rnn.hidden_size)
+        return (zeros, zeros) if isinstance(rnn, nn.LSTM) else (zeros,)
+
+
+class PositionalEncoding(nn.Module):
+    """Adds sine and cosine of the position to [t, columns, size] (Vaswani et al. 2017)."""
+
+    pe: torch.Tensor
+
+    def __init__(self, size: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        position = torch.arange(MAX_POSITIONS, dtype=torch.float)[:, None]
+        rate = torch.exp(torch.arange(0, size, 2).float() * (-math.log(10000.0) / size))
+        pairs = torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=2)
+        self.register_buffer("pe", pairs.reshape(MAX_POSITIONS, 1, size), persistent=False)
+
+    def forward(self, embedded: torch.Tensor) -> torch.Tensor:
+        added: torch.Tensor = self.dropout(embedded + self.pe[: len(embedded)])
+        return added
+
+
+class TransformerModel(LanguageModel):
+    """Embedding times √emsize, positions, causal encoder layers, decoder.
+
+    `dropout` reaches the layers as well as the positions; in the original the layers keep 0.1
+    whatever is asked.
+    """
+
+    def __init__(self, spec: ModelSpec, dropout: float) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about nested tensors, which nothing here uses
+            # The original inherits from nn.Transformer and replaces its decoder. That one's
+            # weights are drawn all the same, between those that it keeps, so they are here too.
+            self.encoder = nn.Transformer(
+                spec.emsize,
+                spec.nhead,
+                num_encoder_layers=spec.nlayers,
+                dim_feedforward=spec.nhid,
+                dropout=dropout,
+            ).encoder
+        self.pos_encoder = PositionalEncoding(spec.emsize, dropout)
+        embedding = nn.Embedding(spec.words, spec.emsize)
+        self.decoder = nn.Linear(spec.emsize, spec.words)
+        self.input_emb = embedding  # drawn before the decoder, listed after it
+        self.init_decoder(embedding, spec.tied)
+
+    def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+        embedded = self.input_emb(tokens) * math.sqrt(self.input_emb.embedding_dim)
+        # Given with is_causal the mask is not read; without it is_causal is refused.
+        mask = nn.Transformer.generate_square_subsequent_mask(
+            len(tokens), device=embedded.device, dtype=embedded.dtype
+        )
+        return self.encoder(self.pos_encoder(embedded), mask=mask, is_causal=True), hidden
+
+    def initial_hidden(self, columns: int) -> Hidden:
+        return ()
+
+
+def build_model(spec: ModelSpec, dropout: float) -> LanguageModel:
+    """A model with weights drawn from torch's generator, float32, on the CPU."""
+    return (RecurrentModel if spec.model in RECURRENT else TransformerModel)(spec, dropout)
+
+
+class _Exported(nn.Module):
+    """What the original's forward returns: log-probabilities, and an RNN's hidden state."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor, *hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features, hidden = self.model.features(tokens, hidden)
+        return F.log_softmax(self.model.decoder(features), dim=-1), *hidden
+
+
+def export_onnx(model: LanguageModel, path: Path, bptt: int) -> None:
+    """Write `model` as ONNX, for one column of `bptt` words.
+
+    Inputs: tokens [bptt, 1], and of an RNN hidden [nlayers, 1, nhid], of an LSTM cell as well.
+    Outputs: log-probabilities [bptt, 1, words], and the hidden state after the words.
+    """
+    names = ["hidden", "cell"][: len(model.initial_hidden(1))]
+    try:
+        with whole_or_absent(path) as temporary, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter, about itself
+            torch.onnx.export(
+                _Exported(model).eval(),
+                (torch.zeros(bptt, 1, dtype=torch.int64), *model.initial_hidden(1)),
+                temporary,
+                input_names=["tokens", *names],
+                output_names=["log_probabilities", *(f"{name}_after" for name in names)],
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
