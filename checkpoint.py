@@ -98,3 +98,40 @@ def value(
     if found is not None and (not isinstance(found, kind) or isinstance(found, bool)):
         raise UserError(f"checkpoint {path}: {key} is a {type(found).__name__}: damaged")
     return found
+
+
+def sums(checkpoint: Mapping[str, Any], width: int, path: Path) -> list[list[float]] | None:
+    """The metrics of an unfinished epoch, a row of `width` numbers for each process.
+
+    Raises:
+        UserError: when they are anything else.
+    """
+    rows: list[list[float]] | None = value(checkpoint, "sums", list, path)
+    for row in rows or ():
+        if not (isinstance(row, list) and [type(x) for x in row] == [float] * width):
+            raise UserError(f"checkpoint {path}: sums are not rows of {width} numbers: damaged")
+    return rows
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, checkpoint: Mapping[str, Any], path: Path
+) -> None:
+    """Load the optimizer's state, if the checkpoint has one.
+
+    Raises:
+        UserError: when it belongs to another model or optimizer.
+    """
+    state = value(checkpoint, "optimizer", dict, path)
+    if not state:
+        return
+    try:
+        optimizer.load_state_dict(state)
+        for parameter, values in optimizer.state.items():
+            for name, tensor in values.items():
+                # `step` is AdamW's count; momentum is None before the first step.
+                if name != "step" and tensor is not None and tensor.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"checkpoint {path}: its optimizer is not one for this model ({error})"
+        ) from error

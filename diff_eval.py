@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 
 import checkpoint as checkpoints
+import image_checkpoint
 import image_data
 import image_model
 import image_sources
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_foreign(args.output_dir)
     contents = [checkpoints.load(path) for path in args.checkpoints]
     specs = [
-        image_model.read_spec(content, path, args.arch, args.stem)
+        image_checkpoint.read_spec(content, path, args.arch, args.stem)
         for content, path in zip(contents, args.checkpoints, strict=True)
     ]
     if specs[0].num_classes != specs[-1].num_classes:
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
     classes = datasets[0].classes
     for content, path in zip(contents, args.checkpoints, strict=True):
-        image_model.refuse_other_classes(content, classes, path)
+        image_checkpoint.refuse_other_classes(content, classes, path)
     chosen = choose(args.classes, classes)
     rows = [i for i, target in enumerate(datasets[0].val.targets.tolist()) if target in chosen]
     if not rows:
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = []
     for content, spec, data, path in zip(contents, specs, datasets, args.checkpoints, strict=True):
         model = image_model.build_model(spec)
-        image_model.load_weights(model, content, path, spec.arch)
+        image_checkpoint.load_weights(model, content, path, spec.arch)
         model.to(memory_format=torch.channels_last)
         prepared = accelerator.prepare_model(model, evaluation_mode=True)
         try:

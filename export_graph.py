@@ -18,6 +18,7 @@ import torchviz
 from torch import nn
 
 import checkpoint as checkpoints
+import image_checkpoint
 import image_model
 import lm_checkpoint
 import lm_model
@@ -81,9 +82,9 @@ def trace(
             kind = str(content.get("model"))
             model, _ = lm_checkpoint.restore_model(content, checkpoint)
         else:
-            spec = image_model.read_spec(content, checkpoint, None, None)
+            spec = image_checkpoint.read_spec(content, checkpoint, None, None)
             model, arch = image_model.build_model(spec), spec.arch
-            image_model.load_weights(model, content, checkpoint, arch)
+            image_checkpoint.load_weights(model, content, checkpoint, arch)
     elif arch is not None:
         image_model.check_architecture(arch)
         stem = DEFAULT_STEM if image_model.has_stem(arch) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import urllib.error
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ from torch import nn
 from torch.func import functional_call
 from torchvision import models
 
-import checkpoint as checkpoints
 from runtime import UserError
 
 ARCHITECTURES = sorted(models.list_models(module=models))
@@ -129,61 +127,3 @@ def _load_pretrained(model: nn.Module, arch: str) -> None:
     own = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(fitting, strict=False)
-
-
-def read_spec(
-    checkpoint: Mapping[str, Any], path: Path, arch: str | None, stem: str | None
-) -> ModelSpec:
-    """What model a checkpoint holds: its own keys, else flags, else the defaults.
-
-    A checkpoint of the original or a bare state dict has no stem; torchvision's own is meant.
-
-    Raises:
-        UserError: keys of the wrong type or an architecture that torchvision does not have.
-    """
-    found_arch = checkpoints.value(checkpoint, "arch", str, path) or arch or DEFAULT_ARCH
-    check_architecture(found_arch)
-    found_stem = None
-    if has_stem(found_arch):
-        found_stem = checkpoints.value(checkpoint, "stem", str, path) or stem or "stock"
-        if found_stem not in STEMS:
-            raise UserError(f"checkpoint {path}: unknown stem {found_stem!r}: damaged")
-    # The head is the last layer of every classifier of torchvision.
-    head = next(reversed(checkpoint["state_dict"].values()))
-    num_classes = head.shape[0] if head.dim() else 0
-    size = checkpoints.value(checkpoint, "image_size", int, path) or DEFAULT_SIZE
-    if num_classes < 1 or size < 1:
-        raise UserError(f"checkpoint {path}: {num_classes} classes at {size} px: damaged")
-    return ModelSpec(found_arch, found_stem, num_classes, size)
-
-
-def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path, arch: str) -> None:
-    """Load a checkpoint's state dict.
-
-    Raises:
-        UserError: when its names or shapes are not those of the model.
-    """
-    state, own = checkpoint["state_dict"], model.state_dict()
-    # Auxiliary heads of googlenet and inception_v3, which the kit builds without.
-    state = {k: v for k, v in state.items() if k in own or not k.lower().startswith("aux")}
-    for name in own.keys() | state.keys():
-        if name not in state or name not in own:
-            where = "lacks" if name not in state else "has a superfluous"
-            raise UserError(f"checkpoint {path}: {where} {name}: not a {arch} of this stem")
-        if state[name].shape != own[name].shape:
-            have, want = tuple(state[name].shape), tuple(own[name].shape)
-            raise UserError(f"checkpoint {path}: {name} has shape {have}, a {arch} needs {want}")
-    model.load_state_dict(state)
-
-
-def refuse_other_classes(checkpoint: Mapping[str, Any], classes: list[str], path: Path) -> None:
-    own = checkpoints.value(checkpoint, "classes", list, path)
-    count = len(own) if own else next(reversed(checkpoint["state_dict"].values())).shape[0]
-    if count != len(classes):
-        raise UserError(f"checkpoint {path} has {count} classes and the dataset {len(classes)}")
-    if own and own != classes:
-        first = next(pair for pair in zip(own, classes, strict=True) if pair[0] != pair[1])
-        raise UserError(
-            f"checkpoint {path} knows other classes than the dataset: "
-            f"{first[0]} where the dataset has {first[1]}"
-        )

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet
 
 import checkpoint as checkpoints
+import image_checkpoint
 import image_model
 import runtime
 from image_model import ARCHITECTURES, DEFAULT_ARCH, DEFAULT_SIZE, DEFAULT_STEM, ModelSpec
@@ -51,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.num_classes:
             parser.error("--num-classes: a checkpoint has its own")
         content = checkpoints.load(args.checkpoint)
-        spec = image_model.read_spec(content, args.checkpoint, args.arch, args.stem)
+        spec = image_checkpoint.read_spec(content, args.checkpoint, args.arch, args.stem)
         spec = spec._replace(image_size=args.image_size or spec.image_size)
         model = image_model.build_model(spec)
-        image_model.load_weights(model, content, args.checkpoint, spec.arch)
+        image_checkpoint.load_weights(model, content, args.checkpoint, spec.arch)
     else:
         arch = args.arch or DEFAULT_ARCH
         stem = (args.stem or DEFAULT_STEM) if image_model.has_stem(arch) else None

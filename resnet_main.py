@@ -26,11 +26,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms import v2
 
 import checkpoint as checkpoints
+import image_checkpoint
 import image_data
 import image_model
 import image_sources
 import runtime
 from image_cache import BadImageError, refuse_bad_images
+from image_checkpoint import TrainingState
 from image_data import ImageData, ImageLoader
 from image_model import ARCHITECTURES, DEFAULT_ARCH, DEFAULT_SIZE, DEFAULT_STEM, ModelSpec
 from metrics import Curves, Progress, RunningSums, Statistics, batch_sums
@@ -135,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runtime.check_writable(args.log_dir, "--log-dir")
 
     checkpoint = checkpoints.load(Path(args.resume)) if args.resume else {}
-    settle_model(args, checkpoint, accelerator)
+    image_checkpoint.settle_model(args, checkpoint, accelerator)
     runtime.use_deterministic_kernels(args.seed is not None)
     if checkpoint and args.seed is None:
         args.seed = checkpoints.value(checkpoint, "seed", int, Path(args.resume))
@@ -164,8 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         + (f", stem {spec.stem}" if spec.stem else "")
     )
     if checkpoint:
-        image_model.refuse_other_classes(checkpoint, data.classes, Path(args.resume))
-        image_model.load_weights(model, checkpoint, Path(args.resume), spec.arch)
+        image_checkpoint.refuse_other_classes(checkpoint, data.classes, Path(args.resume))
+        image_checkpoint.load_weights(model, checkpoint, Path(args.resume), spec.arch)
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(memory_format=torch.channels_last)
@@ -200,7 +202,7 @@ def fit(
     )
     run = TrainingState(args.start_epoch)
     if checkpoint:
-        run = restore(checkpoint, optimizer, args)
+        run = image_checkpoint.restore(checkpoint, optimizer, args)
         accelerator.print(
             f"=> loaded checkpoint '{args.resume}' (epoch {run.epoch}, step {run.step})"
         )
@@ -209,7 +211,12 @@ def fit(
             f"=> {latest} of an earlier run will be replaced at the first epoch's "
             "end; --resume would continue it"
         )
-    for group in optimizer.param_groups:  # the arguments of this run, not of the one resumed
+    for group in optimizer.param_groups:
+        # The arguments of this run, not of the one resumed, and never silently.
+        now = {"initial_lr": args.lr, "momentum": args.momentum, "weight_decay": args.weight_decay}
+        before = {name: group.get(name, value) for name, value in now.items()}
+        if before != now:
+            accelerator.print(f"=> {args.resume} was trained with {before}, this run has {now}")
         group.update(
             lr=args.lr, initial_lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
         )
@@ -282,53 +289,6 @@ def fit(
     )
 
 
-class TrainingState:
-    """Where a run is: all that its checkpoint adds to weights and optimizer.
-
-    Attributes:
-        epoch: the epoch under way, from 0.
-        step: its steps that are done.
-        best_acc1: the best of the epochs before it, in percent.
-        sums: its metrics so far, None before its first step.
-        carried: what `sums` starts from when a run is resumed within an epoch.
-    """
-
-    def __init__(self, epoch: int = 0, step: int = 0, best_acc1: float = 0.0) -> None:
-        self.epoch, self.step, self.best_acc1 = epoch, step, best_acc1
-        self.sums: RunningSums | None = None
-        self.carried: list[list[float]] | None = None
-
-
-def settle_model(
-    args: argparse.Namespace, checkpoint: dict[str, Any], accelerator: Accelerator
-) -> None:
-    """Fill in architecture, stem and image size: the checkpoint's, else the flags, else defaults.
-
-    Says so where a flag disagrees with the checkpoint.
-    """
-    if checkpoint:
-        spec = image_model.read_spec(checkpoint, Path(args.resume), args.arch, args.stem)
-        found: dict[str, str | int | None] = {"arch": spec.arch, "stem": spec.stem}
-        if "image_size" in checkpoint:
-            found["image_size"] = spec.image_size
-        for key, value in found.items():
-            asked = getattr(args, key)
-            if asked is not None and asked != value:
-                accelerator.print(
-                    f"=> {args.resume} has {key} {value}: "
-                    f"--{key.replace('_', '-')} {asked} is ignored"
-                )
-            setattr(args, key, value)
-    args.arch = args.arch or DEFAULT_ARCH
-    if not image_model.has_stem(args.arch):
-        if args.stem is not None:
-            accelerator.print(f"=> {args.arch} is no ResNet: --stem {args.stem} is ignored")
-        args.stem = None
-    elif args.stem is None:
-        args.stem = DEFAULT_STEM
-    args.image_size = args.image_size or DEFAULT_SIZE
-
-
 def evaluation_loader(
     accelerator: Accelerator, data: ImageData, args: argparse.Namespace
 ) -> ImageLoader:
@@ -350,33 +310,6 @@ def mixing(args: argparse.Namespace, num_classes: int) -> Callable[..., Any] | N
         if alpha > 0
     ]
     return v2.RandomChoice(choices) if choices else None
-
-
-def restore(
-    checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, args: argparse.Namespace
-) -> TrainingState:
-    """Take up the run that `checkpoint` holds; a bare state dict only has weights."""
-    path = Path(args.resume)
-    run = TrainingState(
-        checkpoints.value(checkpoint, "epoch", int, path) or 0,
-        checkpoints.value(checkpoint, "step", int, path) or 0,
-        checkpoints.value(checkpoint, "best_acc1", (int, float), path) or 0.0,
-    )
-    run.carried = checkpoints.value(checkpoint, "sums", list, path)
-    batch_size = checkpoints.value(checkpoint, "batch_size", int, path)
-    if run.step and batch_size != args.batch_size:
-        raise UserError(
-            f"checkpoint {path} lies within an epoch of batches of {batch_size}: "
-            f"resume it with -b {batch_size}, or from the end of an epoch"
-        )
-    if state := checkpoints.value(checkpoint, "optimizer", dict, path):
-        try:
-            optimizer.load_state_dict(state)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"checkpoint {path}: its optimizer is not SGD's for this model ({error})"
-            ) from error
-    return run
 
 
 def learning_rate_factor(args: argparse.Namespace) -> Callable[[int], float]:

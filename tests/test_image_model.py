@@ -8,6 +8,7 @@ from torch import nn
 from torchvision import models
 
 import checkpoint as checkpoints
+import image_checkpoint
 import image_model
 from image_model import ModelSpec
 from runtime import UserError
@@ -26,7 +27,7 @@ def test_every_family_gets_a_head_for_the_dataset(arch: str) -> None:
     model = image_model.build_model(spec(arch, "stride1" if image_model.has_stem(arch) else None))
     with torch.no_grad():
         assert model.train()(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
-    read = image_model.read_spec({"state_dict": model.state_dict()}, Path("x"), arch, None)
+    read = image_checkpoint.read_spec({"state_dict": model.state_dict()}, Path("x"), arch, None)
     assert (read.arch, read.num_classes) == (arch, 7)
 
 
@@ -118,10 +119,10 @@ def test_checkpoints_of_the_original_and_bare_state_dicts_load(
         path = tmp_path / "checkpoint.pth.tar"
         torch.save(content, path)
         loaded = checkpoints.load(path)
-        read = image_model.read_spec(loaded, path, arch, None)
+        read = image_checkpoint.read_spec(loaded, path, arch, None)
         assert read == ModelSpec("resnet34", "stock", 7, 64)
         rebuilt = image_model.build_model(read)
-        image_model.load_weights(rebuilt, loaded, path, read.arch)
+        image_checkpoint.load_weights(rebuilt, loaded, path, read.arch)
         assert torch.equal(rebuilt.state_dict()["fc.weight"], model.fc.weight)
     assert checkpoints.value(checkpoints.load(path), "best_acc1", float, path) is None
 
@@ -131,6 +132,6 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     torch.save(models.resnet34(num_classes=7).state_dict(), path)
     loaded = checkpoints.load(path)
     with pytest.raises(UserError, match="not a resnet18"):
-        image_model.load_weights(models.resnet18(num_classes=7), loaded, path, "resnet18")
+        image_checkpoint.load_weights(models.resnet18(num_classes=7), loaded, path, "resnet18")
     with pytest.raises(UserError, match="has shape"):
-        image_model.load_weights(models.resnet34(num_classes=8), loaded, path, "resnet34")
+        image_checkpoint.load_weights(models.resnet34(num_classes=8), loaded, path, "resnet34")

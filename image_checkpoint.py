@@ -1,0 +1,146 @@
+"""What a checkpoint of an image classifier holds: a model, and where its training was."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import checkpoint as checkpoints
+import image_model
+from image_model import DEFAULT_ARCH, DEFAULT_SIZE, DEFAULT_STEM, STEMS, ModelSpec
+from metrics import RunningSums
+from runtime import UserError
+
+
+def read_spec(
+    checkpoint: Mapping[str, Any], path: Path, arch: str | None, stem: str | None
+) -> ModelSpec:
+    """What model a checkpoint holds: its own keys, else flags, else the defaults.
+
+    A checkpoint of the original or a bare state dict has no stem; torchvision's own is meant.
+
+    Raises:
+        UserError: keys of the wrong type or an architecture that torchvision does not have.
+    """
+    found_arch = checkpoints.value(checkpoint, "arch", str, path) or arch or DEFAULT_ARCH
+    image_model.check_architecture(found_arch)
+    found_stem = None
+    if image_model.has_stem(found_arch):
+        found_stem = checkpoints.value(checkpoint, "stem", str, path) or stem or "stock"
+        if found_stem not in STEMS:
+            raise UserError(f"checkpoint {path}: unknown stem {found_stem!r}: damaged")
+    # The head is the last layer of every classifier of torchvision.
+    head = next(reversed(checkpoint["state_dict"].values()))
+    num_classes = head.shape[0] if head.dim() else 0
+    size = checkpoints.value(checkpoint, "image_size", int, path) or DEFAULT_SIZE
+    if num_classes < 1 or size < 1:
+        raise UserError(f"checkpoint {path}: {num_classes} classes at {size} px: damaged")
+    return ModelSpec(found_arch, found_stem, num_classes, size)
+
+
+def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path, arch: str) -> None:
+    """Load a checkpoint's state dict.
+
+    Raises:
+        UserError: when its names or shapes are not those of the model.
+    """
+    state, own = checkpoint["state_dict"], model.state_dict()
+    # Auxiliary heads of googlenet and inception_v3, which the kit builds without.
+    state = {k: v for k, v in state.items() if k in own or not k.lower().startswith("aux")}
+    for name in own.keys() | state.keys():
+        if name not in state or name not in own:
+            where = "lacks" if name not in state else "has a superfluous"
+            raise UserError(f"checkpoint {path}: {where} {name}: not a {arch} of this stem")
+        if state[name].shape != own[name].shape:
+            have, want = tuple(state[name].shape), tuple(own[name].shape)
+            raise UserError(f"checkpoint {path}: {name} has shape {have}, a {arch} needs {want}")
+    model.load_state_dict(state)
+
+
+def refuse_other_classes(checkpoint: Mapping[str, Any], classes: list[str], path: Path) -> None:
+    own = checkpoints.value(checkpoint, "classes", list, path)
+    count = len(own) if own else next(reversed(checkpoint["state_dict"].values())).shape[0]
+    if count != len(classes):
+        raise UserError(f"checkpoint {path} has {count} classes and the dataset {len(classes)}")
+    if own and own != classes:
+        first = next(pair for pair in zip(own, classes, strict=True) if pair[0] != pair[1])
+        raise UserError(
+            f"checkpoint {path} knows other classes than the dataset: "
+            f"{first[0]} where the dataset has {first[1]}"
+        )
+
+
+def settle_model(
+    args: argparse.Namespace, checkpoint: dict[str, Any], accelerator: Accelerator
+) -> None:
+    """Fill in architecture, stem and image size: the checkpoint's, else the flags, else defaults.
+
+    Says so where a flag disagrees with the checkpoint.
+    """
+    if checkpoint:
+        spec = read_spec(checkpoint, Path(args.resume), args.arch, args.stem)
+        found: dict[str, str | int | None] = {"arch": spec.arch, "stem": spec.stem}
+        if "image_size" in checkpoint:
+            found["image_size"] = spec.image_size
+        for key, value in found.items():
+            asked = getattr(args, key)
+            if asked is not None and asked != value:
+                accelerator.print(
+                    f"=> {args.resume} has {key} {value}: "
+                    f"--{key.replace('_', '-')} {asked} is ignored"
+                )
+            setattr(args, key, value)
+    args.arch = args.arch or DEFAULT_ARCH
+    if not image_model.has_stem(args.arch):
+        if args.stem is not None:
+            accelerator.print(f"=> {args.arch} is no ResNet: --stem {args.stem} is ignored")
+        args.stem = None
+    elif args.stem is None:
+        args.stem = DEFAULT_STEM
+    args.image_size = args.image_size or DEFAULT_SIZE
+
+
+class TrainingState:
+    """Where a run is: all that its checkpoint adds to weights and optimizer.
+
+    Attributes:
+        epoch: the epoch under way, from 0.
+        step: its steps that are done.
+        best_acc1: the best of the epochs before it, in percent.
+        sums: its metrics so far, None before its first step.
+        carried: what `sums` starts from when a run is resumed within an epoch.
+    """
+
+    def __init__(self, epoch: int = 0, step: int = 0, best_acc1: float = 0.0) -> None:
+        self.epoch, self.step, self.best_acc1 = epoch, step, best_acc1
+        self.sums: RunningSums | None = None
+        self.carried: list[list[float]] | None = None
+
+
+def restore(
+    checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, args: argparse.Namespace
+) -> TrainingState:
+    """Take up the run that `checkpoint` holds; a bare state dict only has weights."""
+    path = Path(args.resume)
+    run = TrainingState(
+        checkpoints.value(checkpoint, "epoch", int, path) or 0,
+        checkpoints.value(checkpoint, "step", int, path) or 0,
+        checkpoints.value(checkpoint, "best_acc1", (int, float), path) or 0.0,
+    )
+    if min(run.epoch, run.step) < 0:
+        raise UserError(f"checkpoint {path}: epoch {run.epoch}, step {run.step}: damaged")
+    run.carried = checkpoints.sums(checkpoint, 4, path)
+    batch_size = checkpoints.value(checkpoint, "batch_size", int, path)
+    if run.step and batch_size != args.batch_size:
+        raise UserError(
+            f"checkpoint {path} lies within an epoch of batches of {batch_size}: "
+            f"resume it with -b {batch_size}, or from the end of an epoch"
+        )
+    checkpoints.load_optimizer(optimizer, checkpoint, path)
+    return run
