@@ -62,7 +62,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = runtime.ArgumentParser(description="Copy the images on which two models disagree")
     add = parser.add_argument
     # fmt: off
-    add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="a.pth and b.pth")
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="a.pth and b.pth")
     add("--data", default=str(image_sources.TINY_IMAGENET), metavar="DIR",
         help="dataset, or `sample` (default: %(default)s)")
     add("--classes", nargs="+", default=["0", "1"], metavar="CLASS",
@@ -70,15 +70,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output-dir", default=Path("diff"), type=Path, metavar="DIR",
         help="replaced when it holds an earlier output (default: %(default)s)")
     add("--misclassified", action="store_true", help="copy the images that a model gets wrong")
-    add("-a", "--arch", metavar="ARCH", help="architecture of a bare state dict")
-    add("--stem", choices=image_model.STEMS, help="stem of a bare state dict of a ResNet")
+    add("-a", "--arch", nargs="+", metavar="ARCH",
+        help="architecture of a bare state dict, or of each checkpoint")
+    add("--stem", nargs="+", choices=image_model.STEMS, help="likewise for a ResNet's stem")
+    add("--image-size", type=positive_int, metavar="PX",
+        help="for a checkpoint that does not say (default: 64)")
     add("-b", "--batch-size", default=256, type=positive_int, metavar="N")
     add("-j", "--workers", default=4, type=non_negative_int, metavar="N")
     # fmt: on
     args = parser.parse_args(argv)
     wanted = (1, 2) if args.misclassified else (2,)
     if len(args.checkpoints) not in wanted:
-        parser.error(f"{' or '.join(map(str, wanted))} checkpoints wanted")
+        parser.error(f"{' or '.join(map(str, wanted))} checkpoints wanted, before the flags")
+    for flag in ("arch", "stem"):
+        given = getattr(args, flag) or [None]
+        if len(given) not in (1, len(args.checkpoints)):
+            parser.error(f"--{flag}: one, or one for each checkpoint")
+        setattr(args, flag, given * len(args.checkpoints) if len(given) == 1 else given)
+    args.output_dir = args.output_dir.resolve()
     return args
 
 
@@ -88,15 +97,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if accelerator.is_main_process:
         refuse_foreign(args.output_dir)
     contents = [checkpoints.load(path) for path in args.checkpoints]
-    specs = [
-        image_checkpoint.read_spec(content, path, args.arch, args.stem)
-        for content, path in zip(contents, args.checkpoints, strict=True)
-    ]
+    specs = []
+    for content, path, arch, stem in zip(
+        contents, args.checkpoints, args.arch, args.stem, strict=True
+    ):
+        spec = image_checkpoint.read_spec(content, path, arch, stem)
+        if "image_size" not in content and args.image_size:
+            spec = spec._replace(image_size=args.image_size)
+        specs.append(spec)
     if specs[0].num_classes != specs[-1].num_classes:
         raise UserError(
             f"{args.checkpoints[0]} has {specs[0].num_classes} classes and {args.checkpoints[1]} "
             f"{specs[1].num_classes}: they cannot be compared"
         )
+    if not Path(args.data).exists() and args.data != "sample":
+        raise UserError(f"{args.data} is missing, and this script downloads nothing: name --data")
     with accelerator.local_main_process_first():
         datasets = [
             image_data.load(args.data, spec.image_size, 0, args.workers, download=False)
@@ -120,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             results.append(predict(accelerator, prepared, data, rows, spec.image_size, args))
         except BadImageError as error:
             refuse_bad_images(data.val.paths, args.workers)
-            raise UserError(f"cannot read {error}, although it is whole now") from error
+            raise UserError(
+                "an image could not be read, but all can now: check the disk"
+            ) from error
     verdicts = [
         Verdict(
             Path(datasets[0].val.paths[row]),
@@ -156,7 +173,7 @@ def choose(names: list[str], classes: list[str]) -> set[int]:
             chosen.update(range(len(classes)))
         elif name in classes:
             chosen.add(classes.index(name))
-        elif name.isdigit() and int(name) < len(classes):
+        elif name.isdecimal() and int(name) < len(classes):
             chosen.add(int(name))
         else:
             raise UserError(
@@ -204,16 +221,17 @@ def report(verdicts: list[Verdict], data: ImageData, args: argparse.Namespace) -
     right = [[v.predictions[m] == v.target for v in verdicts] for m in range(len(models))]
     names = readable_names(data)
     if args.misclassified:
-        chosen = [
-            (v, v.copy_name(m if len(models) > 1 else -1))
+        sure = [
+            (v.probabilities[m], v.copy_name(m if len(models) > 1 else -1), v)
             for m in range(len(models))
             for v, correct in zip(verdicts, right[m], strict=True)
             if not correct
         ]
     else:
-        chosen = [(v, v.copy_name(None)) for v in verdicts if len(set(v.predictions)) > 1]
-    chosen.sort(key=lambda pair: (-sum(pair[0].probabilities), pair[1]))
-    write(chosen, data, names, args.output_dir)
+        differ = [v for v in verdicts if len(set(v.predictions)) > 1]
+        sure = [(sum(v.probabilities), v.copy_name(None), v) for v in differ]
+    chosen = [(v, name) for _, name, v in sorted(sure, key=lambda s: (-s[0], s[1]))]
+    write(chosen, data, names, args)
 
     n = len(verdicts)
     acc1 = [100 * sum(hits) / n for hits in right]
@@ -230,7 +248,7 @@ def report(verdicts: list[Verdict], data: ImageData, args: argparse.Namespace) -
         print(f" * a Acc@1 {acc1[0]:.3f} b Acc@1 {acc1[1]:.3f} disagree {n - agree} of {n}")
     else:
         print(f" * a Acc@1 {acc1[0]:.3f} misclassified {len(chosen)} of {n}")
-    print(f"=> {args.output_dir}: {len(chosen)} images, {CSV}, {SHEET}")
+    print(f"=> {args.output_dir}/: {len(chosen)} images, {CSV}, {SHEET}")
 
 
 def readable_names(data: ImageData) -> list[str]:
@@ -238,16 +256,19 @@ def readable_names(data: ImageData) -> list[str]:
     words = data.root / "words.txt"
     known = {}
     if words.is_file():
-        for line in words.read_text().splitlines():
+        for line in words.read_text("utf-8", "replace").splitlines():
             wnid, _, synonyms = line.partition("\t")
             known[wnid] = synonyms.split(",")[0].strip()
     return [known.get(name) or name for name in data.classes]
 
 
 def write(
-    chosen: list[tuple[Verdict, str]], data: ImageData, names: list[str], folder: Path
+    chosen: list[tuple[Verdict, str]], data: ImageData, names: list[str], args: argparse.Namespace
 ) -> None:
-    """Replace `folder` as a whole by the copies, the table and the sheet."""
+    """Replace the output folder as a whole by the copies, the table and the sheet."""
+    folder: Path = args.output_dir
+    previous = folder.with_name(f".{folder.name}.previous")
+    said = [f"{m}_{c}" for m in "ab" for c in ("prediction", "name", "probability")]
     try:
         with whole_or_absent(folder) as temporary:
             temporary.mkdir(parents=True)
@@ -255,19 +276,19 @@ def write(
                 shutil.copyfile(verdict.path, temporary / name)
             with (temporary / CSV).open("w", newline="") as file:
                 table = csv.writer(file)
-                said = [f"{m}_{c}" for m in "ab" for c in ("prediction", "name", "probability")]
-                count = len(chosen[0][0].predictions) if chosen else 2
-                table.writerow(["file", "true_class", "wnid", "name", *said[: 3 * count]])
+                columns = said[: 3 * len(args.checkpoints)]
+                table.writerow(["file", "true_class", "wnid", "name", *columns])
                 for verdict, name in chosen:
-                    row: list[object] = [name, verdict.target, data.classes[verdict.target]]
-                    row.append(names[verdict.target])
-                    for p, probability in zip(
-                        verdict.predictions, verdict.probabilities, strict=True
-                    ):
-                        row += [p, names[p], f"{probability:.6f}"]
+                    t = verdict.target
+                    row: list[object] = [name, t, data.classes[t], names[t]]
+                    for p, sure in zip(verdict.predictions, verdict.probabilities, strict=True):
+                        row += [p, names[p], f"{sure:.6f}"]
                     table.writerow(row)
             contact_sheet(chosen, names).save(temporary / SHEET)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(previous, ignore_errors=True)
+            if folder.exists():
+                folder.rename(previous)
+        shutil.rmtree(previous, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     except BadImageError as error:

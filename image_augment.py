@@ -6,6 +6,7 @@ sample gets depends on (seed, epoch, sample index) alone.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -21,6 +22,12 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1) * 255
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1) * 255
 
 
+@functools.cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """On the device, once: a copy in every step would make the step wait for it."""
+    return MEAN.to(device), STD.to(device)
+
+
 class Crops(NamedTuple):
     """Crop boxes in pixels and flips of n samples; every field has the shape [n]."""
 
@@ -29,9 +36,6 @@ class Crops(NamedTuple):
     height: torch.Tensor
     width: torch.Tensor
     flip: torch.Tensor
-
-    def select(self, indices: torch.Tensor) -> Crops:
-        return Crops(*(field[indices] for field in self))
 
 
 def draw_crops(n: int, height: int, width: int, generator: torch.Generator) -> Crops:
@@ -115,5 +119,5 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
     Works in place on `pixels`: fresh memory for every operation would cost more than the
     operation.
     """
-    pixels.sub_(MEAN.to(pixels.device)).div_(STD.to(pixels.device))
-    return pixels.contiguous(memory_format=torch.channels_last)
+    mean, std = _statistics(pixels.device)
+    return pixels.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)

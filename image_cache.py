@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -35,10 +36,9 @@ def open_image(path: str) -> Image.Image:
         BadImageError: an empty, truncated or foreign file, or none.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's about odd EXIF blocks, one a file
-            with Image.open(path) as image:
-                return image.convert("RGB")
+        # PIL warns of odd EXIF blocks, once a file.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadImageError(path) from error
 
@@ -85,15 +85,18 @@ def _decode(paths: Sequence[str], side: int, workers: int) -> DataLoader[tuple[t
     return DataLoader(_Decoded(paths, side), batch_size=BATCH, num_workers=workers)
 
 
-def refuse_bad_images(paths: Sequence[str], workers: int) -> None:
-    """Decode every file and raise one `UserError` that names all the bad ones, if any is."""
+def refuse_bad_images(paths: Sequence[str], workers: int) -> NoReturn:
+    """Raise one `UserError` for all the bad files of a dataset, one of which was met.
+
+    Only decoding everything tells which others are bad: said in one go, not one a run.
+    """
     problems: list[str] = []
-    bar = tqdm(total=len(paths), desc="looking for bad images", disable=None)
-    with bar:
+    with tqdm(total=len(paths), desc="looking for bad images", disable=None) as bar:
         for pixels, reasons in _decode(paths, 0, workers):
             problems.extend(reasons)
             bar.update(len(pixels))
     _refuse(paths, problems)
+    raise UserError("an image could not be read, but all can now: check the disk")
 
 
 def _refuse(paths: Sequence[str], problems: Sequence[str]) -> None:
@@ -115,7 +118,7 @@ def small_side(paths: Sequence[str]) -> int | None:
     sizes = set()
     for path in paths[:: max(1, len(paths) // PROBES)]:
         try:
-            with Image.open(path) as image:
+            with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
                 sizes.add(image.size)
         except (OSError, SyntaxError, ValueError):
             continue  # decoding will name it

@@ -53,10 +53,10 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path, ar
     state, own = checkpoint["state_dict"], model.state_dict()
     # Auxiliary heads of googlenet and inception_v3, which the kit builds without.
     state = {k: v for k, v in state.items() if k in own or not k.lower().startswith("aux")}
-    for name in own.keys() | state.keys():
+    for name in (*own, *state):
         if name not in state or name not in own:
             where = "lacks" if name not in state else "has a superfluous"
-            raise UserError(f"checkpoint {path}: {where} {name}: not a {arch} of this stem")
+            raise UserError(f"checkpoint {path}: {where} {name}: not a {arch}; -a says what it is")
         if state[name].shape != own[name].shape:
             have, want = tuple(state[name].shape), tuple(own[name].shape)
             raise UserError(f"checkpoint {path}: {name} has shape {have}, a {arch} needs {want}")
@@ -79,22 +79,17 @@ def refuse_other_classes(checkpoint: Mapping[str, Any], classes: list[str], path
 def settle_model(
     args: argparse.Namespace, checkpoint: dict[str, Any], accelerator: Accelerator
 ) -> None:
-    """Fill in architecture, stem and image size: the checkpoint's, else the flags, else defaults.
+    """Fill in architecture and stem: the checkpoint's, else the flags, else defaults.
 
-    Says so where a flag disagrees with the checkpoint.
+    Says so where a flag disagrees with the checkpoint. The image size is the flag's, if given.
     """
     if checkpoint:
         spec = read_spec(checkpoint, Path(args.resume), args.arch, args.stem)
-        found: dict[str, str | int | None] = {"arch": spec.arch, "stem": spec.stem}
-        if "image_size" in checkpoint:
-            found["image_size"] = spec.image_size
-        for key, value in found.items():
+        args.image_size = args.image_size or spec.image_size
+        for key, value in {"arch": spec.arch, "stem": spec.stem}.items():
             asked = getattr(args, key)
             if asked is not None and asked != value:
-                accelerator.print(
-                    f"=> {args.resume} has {key} {value}: "
-                    f"--{key.replace('_', '-')} {asked} is ignored"
-                )
+                accelerator.print(f"=> {args.resume} has {key} {value}: --{key} {asked} is ignored")
             setattr(args, key, value)
     args.arch = args.arch or DEFAULT_ARCH
     if not image_model.has_stem(args.arch):
@@ -112,35 +107,49 @@ class TrainingState:
     Attributes:
         epoch: the epoch under way, from 0.
         step: its steps that are done.
-        best_acc1: the best of the epochs before it, in percent.
+        best_acc1: the best of the epochs before it, in percent; below 0 before the first.
         sums: its metrics so far, None before its first step.
         carried: what `sums` starts from when a run is resumed within an epoch.
     """
 
-    def __init__(self, epoch: int = 0, step: int = 0, best_acc1: float = 0.0) -> None:
+    def __init__(self, epoch: int = 0, step: int = 0, best_acc1: float = -1.0) -> None:
         self.epoch, self.step, self.best_acc1 = epoch, step, best_acc1
         self.sums: RunningSums | None = None
         self.carried: list[list[float]] | None = None
 
 
 def restore(
-    checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, args: argparse.Namespace
+    checkpoint: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    samples: int,
+    steps: int,
+    args: argparse.Namespace,
 ) -> TrainingState:
-    """Take up the run that `checkpoint` holds; a bare state dict only has weights."""
+    """Take up the run that `checkpoint` holds; a bare state dict only has weights.
+
+    Args:
+        samples: training images, in `steps` global batches.
+
+    Raises:
+        UserError: damaged values, or a checkpoint within an epoch of other batches.
+    """
     path = Path(args.resume)
+    epoch = checkpoints.value(checkpoint, "epoch", int, path)
     run = TrainingState(
-        checkpoints.value(checkpoint, "epoch", int, path) or 0,
+        args.start_epoch if epoch is None else epoch,
         checkpoints.value(checkpoint, "step", int, path) or 0,
-        checkpoints.value(checkpoint, "best_acc1", (int, float), path) or 0.0,
     )
-    if min(run.epoch, run.step) < 0:
-        raise UserError(f"checkpoint {path}: epoch {run.epoch}, step {run.step}: damaged")
+    best = checkpoints.value(checkpoint, "best_acc1", (int, float), path)
+    run.best_acc1 = run.best_acc1 if best is None else best
     run.carried = checkpoints.sums(checkpoint, 4, path)
-    batch_size = checkpoints.value(checkpoint, "batch_size", int, path)
-    if run.step and batch_size != args.batch_size:
-        raise UserError(
-            f"checkpoint {path} lies within an epoch of batches of {batch_size}: "
-            f"resume it with -b {batch_size}, or from the end of an epoch"
-        )
+    if run.epoch < 0 or not 0 <= run.step <= steps:
+        raise UserError(f"checkpoint {path}: epoch {run.epoch}, step {run.step}: damaged")
+    now = {"batch_size": args.batch_size, "seed": args.seed, "samples": samples}
+    for name, value in now.items() if run.step else ():
+        if checkpoint.get(name) != value:
+            raise UserError(
+                f"checkpoint {path} lies within an epoch of {name} {checkpoint.get(name)}, and "
+                f"this run has {value}: resume it as it was, or from the end of an epoch"
+            )
     checkpoints.load_optimizer(optimizer, checkpoint, path)
     return run

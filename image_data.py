@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import get_int_from_env
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as TF
@@ -53,6 +54,13 @@ def find_images(root: Path) -> ImageFolders:
         UserError: a missing folder or file, a class without images, a validation class or an
             annotation that training knows nothing of.
     """
+    try:
+        return _find_images(root)
+    except OSError as error:
+        raise UserError(f"dataset {root}: {error.filename}: {error.strerror}") from error
+
+
+def _find_images(root: Path) -> ImageFolders:
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "no such folder"
         raise UserError(f"dataset {root}: {what}")
@@ -65,10 +73,13 @@ def find_images(root: Path) -> ImageFolders:
         raise UserError(f"dataset {root}: train/ holds no class folders")
     train = _list_classes(root / "train", classes, classes)
 
-    annotations = root / "val" / "val_annotations.txt"
-    if annotations.is_file() and (root / "val" / "images").is_dir():
+    annotations, flat = root / "val" / "val_annotations.txt", root / "val" / "images"
+    # Scripts that sort the validation images often leave an empty val/images behind.
+    if "images" not in classes and flat.is_dir() and _list_files(flat):
+        if not annotations.is_file():
+            raise UserError(f"{annotations}: missing, and with it the classes of {flat}")
         return ImageFolders(root, classes, train, _list_annotated(annotations, classes))
-    val_classes = sorted(_folders(root / "val"))
+    val_classes = sorted(set(_folders(root / "val")) - ({"images"} - set(classes)))
     if not val_classes:
         raise UserError(
             f"dataset {root}: val/ holds neither class folders nor images/ with val_annotations.txt"
@@ -92,8 +103,11 @@ def _list_files(folder: Path) -> dict[str, tuple[int, int]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith("."):
-                stat = entry.stat()
-                found[entry.name] = (stat.st_size, stat.st_mtime_ns)
+                try:
+                    stat = entry.stat()
+                    found[entry.name] = (stat.st_size, stat.st_mtime_ns)
+                except OSError:  # a link to nowhere; decoding will name it
+                    found[entry.name] = (0, 0)
     return dict(sorted(found.items()))
 
 
@@ -118,7 +132,7 @@ def _list_annotated(annotations: Path, classes: list[str]) -> Split:
     files = _list_files(images)
     position = {wnid: i for i, wnid in enumerate(classes)}
     targets: dict[str, int] = {}
-    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+    for number, line in enumerate(annotations.read_text("utf-8", "replace").splitlines(), 1):
         if not line.strip():
             continue
         name, wnid, *_ = [*line.split("\t"), ""]
@@ -215,7 +229,9 @@ def load(name: str, image_size: int, seed: int, workers: int, download: bool) ->
     folders = find_images(image_sources.resolve(name, download))
     root, classes, train, val = folders
     workers = min(workers, os.cpu_count() or 1)
-    side = image_cache.small_side(train.paths)
+    # Of both, as both go into one cache or none.
+    sides = {image_cache.small_side(split.paths) for split in (train, val)}
+    side = sides.pop() if len(sides) == 1 else None
     if side is None:
         return ImageData(
             root,
@@ -290,7 +306,7 @@ class ImageLoader:
         train: shuffle, augment, and slice every global batch over the processes; otherwise
             whole batches in file order go to the processes in turn, so that a batch, and with
             it every bit of its result, is the same on any number of processes.
-        workers: processes that decode, for ImageFiles.
+        workers: processes of this node that decode, for ImageFiles.
         rows: the samples to deliver when not training, in their order; all by default.
         mix: maps images and targets to mixed images and soft targets (CutMix, MixUp).
     """
@@ -316,6 +332,8 @@ class ImageLoader:
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.sampler = _EpochBatches()
         decoded = isinstance(images, DecodedImages)
+        # The original's -j is for all processes of a node, too.
+        workers = -(-workers // get_int_from_env(["LOCAL_WORLD_SIZE"], 1))
         self.loader = DataLoader(
             images,
             batch_sampler=self.sampler,
@@ -343,13 +361,15 @@ class ImageLoader:
         """
         batches = list(self.order(epoch).split(self.batch_size))[start:]
         if self.train:
-            slices = [self._slice(batch) for batch in batches]
+            slices = [(*self._slice(batch), len(batch)) for batch in batches]
         else:
-            slices = [(batch, len(batch)) for batch in batches[self.rank :: self.world_size]]
-        self.sampler.batches = [[(epoch, i) for i in rows.tolist()] for rows, _ in slices]
+            own = batches[self.rank :: self.world_size]
+            slices = [(batch, len(batch), len(batch)) for batch in own]
+        self.sampler.batches = [[(epoch, i) for i in rows.tolist()] for rows, _, _ in slices]
         crops = self._crops(epoch)
-        own = zip(self.loader, slices, batches, strict=False)
-        for step, (pixels, (rows, real), batch) in enumerate(own, start):
+        for step, (pixels, (rows, real, size)) in enumerate(
+            zip(self.loader, slices, strict=True), start
+        ):
             images = self._finish(pixels.to(self.device, non_blocking=True), crops, rows)
             targets = self.targets[rows].to(self.device, non_blocking=True)
             soft_targets = None
@@ -360,7 +380,7 @@ class ImageLoader:
                 images = images[1:].contiguous(memory_format=torch.channels_last)
                 targets, soft_targets, rows = targets[1:], soft_targets[1:], rows[1:]
             weights = (torch.arange(len(rows), device=self.device) < real).float()
-            yield Batch(images, targets, soft_targets, weights, rows, len(batch))
+            yield Batch(images, targets, soft_targets, weights, rows, size)
 
     def _slice(self, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
         """This process's samples of a global batch, padded to the length of everybody's slice.

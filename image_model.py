@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import urllib.error
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torchvision import models
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from runtime import UserError
 
@@ -64,7 +66,7 @@ def build_model(spec: ModelSpec, pretrained: bool = False) -> nn.Module:
                 break
         raise UserError(f"{spec.arch} cannot take images of {spec.image_size} px {reason}")
     if pretrained:
-        _load_pretrained(model, spec.arch)
+        _load_pretrained(model, spec)
     return model
 
 
@@ -72,7 +74,8 @@ def _construct(spec: ModelSpec) -> nn.Module:
     options: dict[str, Any] = {}
     if spec.arch in ("googlenet", "inception_v3"):
         # The auxiliary heads exist for training as of 2014 and would change what forward returns.
-        options = {"aux_logits": False, "init_weights": True}
+        # They bring their inputs to other statistics when they have torchvision's weights.
+        options = {"aux_logits": False, "init_weights": True, "transform_input": True}
     elif spec.arch.startswith("vit_"):
         options = {"image_size": spec.image_size}
     elif spec.arch.startswith("maxvit"):
@@ -111,19 +114,25 @@ def meta_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: t.detach().to("meta").requires_grad_(t.requires_grad) for n, t in tensors}
 
 
-def _load_pretrained(model: nn.Module, arch: str) -> None:
-    choices = models.get_model_weights(arch)
+def _load_pretrained(model: nn.Module, spec: ModelSpec) -> None:
+    choices = models.get_model_weights(spec.arch)
     # The original's pretrained=True means the first weights published.
     weights = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
+    # Torchvision's own loading knows the old names in some of its files; this makes it refuse code.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        state = models.get_model(spec.arch, weights=weights).state_dict()
     except (urllib.error.URLError, RuntimeError, OSError) as error:
-        reason = getattr(error, "reason", None) or str(error)
+        reason = getattr(error, "reason", None) or str(error).splitlines()[0]
         name = weights.url.rsplit("/", 1)[-1]
         raise UserError(
             f"--pretrained: cannot get {weights.url} ({reason}): download it by hand to "
             f"{Path(torch.hub.get_dir()) / 'checkpoints' / name}"
         ) from error
+    if isinstance(model, models.VisionTransformer):
+        state = interpolate_embeddings(spec.image_size, model.patch_size, state)
     own = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(fitting, strict=False)
+    new = sorted(own.keys() - fitting.keys())
+    print(f"=> not in torchvision's weights, so new: {', '.join(new) or 'nothing'}", flush=True)

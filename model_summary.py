@@ -53,11 +53,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error("--num-classes: a checkpoint has its own")
         content = checkpoints.load(args.checkpoint)
         spec = image_checkpoint.read_spec(content, args.checkpoint, args.arch, args.stem)
+        for flag, value in (("arch", spec.arch), ("stem", spec.stem)):
+            if getattr(args, flag) not in (None, value):
+                parser.error(f"{args.checkpoint} has {flag} {value}, not {getattr(args, flag)}")
         spec = spec._replace(image_size=args.image_size or spec.image_size)
         model = image_model.build_model(spec)
         image_checkpoint.load_weights(model, content, args.checkpoint, spec.arch)
     else:
         arch = args.arch or DEFAULT_ARCH
+        if args.stem and not image_model.has_stem(arch):
+            parser.error(f"--stem is for ResNets, and {arch} is none")
         stem = (args.stem or DEFAULT_STEM) if image_model.has_stem(arch) else None
         classes, size = args.num_classes or DEFAULT_CLASSES, args.image_size or DEFAULT_SIZE
         spec = ModelSpec(arch, stem, classes, size)

@@ -132,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if args.sync_bn and accelerator.device.type == "cpu" and accelerator.num_processes > 1:
         raise UserError("--sync-bn works on GPUs only (torch has no SyncBatchNorm for the CPU)")
+    if args.compile:
+        runtime.check_compiler()
     if not args.evaluate and accelerator.is_main_process:
         runtime.check_writable(args.output_dir, "--output-dir")
         runtime.check_writable(args.log_dir, "--log-dir")
@@ -180,10 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             accelerator.print(summary(evaluate(accelerator, model, val_loader, args)))
         else:
             fit(accelerator, model, spec, data, checkpoint, args)
-    except BadImageError as error:
-        # Only decoding everything tells which others are bad: said in one go, not one a run.
+    except BadImageError:
         refuse_bad_images(data.train.paths + data.val.paths, args.workers)
-        raise UserError(f"cannot read {error}, although it is whole now") from error
     accelerator.end_training()
 
 
@@ -200,26 +200,6 @@ def fit(
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    run = TrainingState(args.start_epoch)
-    if checkpoint:
-        run = image_checkpoint.restore(checkpoint, optimizer, args)
-        accelerator.print(
-            f"=> loaded checkpoint '{args.resume}' (epoch {run.epoch}, step {run.step})"
-        )
-    elif latest.exists():
-        accelerator.print(
-            f"=> {latest} of an earlier run will be replaced at the first epoch's "
-            "end; --resume would continue it"
-        )
-    for group in optimizer.param_groups:
-        # The arguments of this run, not of the one resumed, and never silently.
-        now = {"initial_lr": args.lr, "momentum": args.momentum, "weight_decay": args.weight_decay}
-        before = {name: group.get(name, value) for name, value in now.items()}
-        if before != now:
-            accelerator.print(f"=> {args.resume} was trained with {before}, this run has {now}")
-        group.update(
-            lr=args.lr, initial_lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-        )
     train_loader = ImageLoader(
         accelerator,
         data.train,
@@ -231,6 +211,31 @@ def fit(
         mix=mixing(args, len(data.classes)),
     )
     val_loader = evaluation_loader(accelerator, data, args)
+    run = TrainingState(args.start_epoch)
+    if checkpoint:
+        run = image_checkpoint.restore(
+            checkpoint, optimizer, len(data.train), len(train_loader), args
+        )
+        accelerator.print(
+            f"=> loaded checkpoint '{args.resume}' (epoch {run.epoch}, step {run.step})"
+        )
+    elif latest.exists():
+        accelerator.print(
+            f"=> {latest} and {best} of an earlier run will be replaced at the first epoch's end; "
+            "--resume would continue it"
+        )
+    if run.epoch >= args.epochs:
+        accelerator.print(f"=> {run.epoch} epochs are done: raise --epochs to go on")
+        return
+    for group in optimizer.param_groups:
+        # The arguments of this run, not of the one resumed, and never silently.
+        now = {"initial_lr": args.lr, "momentum": args.momentum, "weight_decay": args.weight_decay}
+        before = {name: group.get(name, value) for name, value in now.items()}
+        if before != now:
+            accelerator.print(f"=> {args.resume} was trained with {before}, this run has {now}")
+        group.update(
+            lr=args.lr, initial_lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+        )
     scheduler = LambdaLR(optimizer, learning_rate_factor(args), last_epoch=run.epoch - 1)
     model, optimizer = accelerator.prepare(model, optimizer)
 
@@ -244,6 +249,7 @@ def fit(
                     "classes": data.classes,
                     "seed": args.seed,
                     "batch_size": args.batch_size,
+                    "samples": len(data.train),
                     "epoch": run.epoch,
                     "step": run.step,
                     "sums": sums,
@@ -263,6 +269,11 @@ def fit(
         share_buffers(accelerator, model)
         val = evaluate(accelerator, accelerator.unwrap_model(model), val_loader, args)
         accelerator.print(summary(val))
+        if not math.isfinite(val.loss):
+            raise UserError(
+                f"the validation loss is not finite after epoch {run.epoch} (step "
+                f"{len(train_loader)}): lower --lr ({args.lr}); {latest} is from before"
+            )
         # The point before the checkpoint: killed in between, the run draws it once more, and
         # the later one replaces it.
         curves.add(
@@ -279,7 +290,8 @@ def fit(
             },
         )
         scheduler.step()
-        is_best = val.acc1 > run.best_acc1
+        # Resumed into another folder, the run has a best figure but not its file.
+        is_best = val.acc1 > run.best_acc1 or not best.exists()
         run.best_acc1 = max(val.acc1, run.best_acc1)
         run.epoch, run.step, run.sums = run.epoch + 1, 0, None
         save(*([best] if is_best else []))
@@ -370,7 +382,8 @@ def train_epoch(
             run.step = step + 1
             if progress.tick(step):
                 progress.display(step, *run.sums.read())
-            if args.checkpoint_every and run.step % args.checkpoint_every == 0:
+            due = args.checkpoint_every and run.step % args.checkpoint_every == 0
+            if due and run.step < len(loader):  # the epoch's end has a checkpoint of its own
                 refuse_overflow(model, run)
                 save()
         refuse_overflow(model, run)

@@ -10,6 +10,7 @@ import argparse
 import datetime
 import hashlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +19,12 @@ from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, get_int_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    get_int_from_env,
+)
 
 # How mpirun's families and torchrun name the number of processes they started.
 WORLD_SIZE_VARIABLES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
@@ -39,15 +45,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def positive_int(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    if not 1 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be at least 1 (and fit 64 bits), not {value}")
     return value
 
 
 def non_negative_int(text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, but is {value}")
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be from 0 on (and fit 64 bits), not {value}")
     return value
 
 
@@ -67,7 +73,9 @@ def run_script(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = UserError("the GPU's memory is full: use a smaller --batch-size")
         time.sleep(min(3 * get_int_from_env(["RANK"], 0), 30))
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         leave(EXIT_USER_ERROR)
@@ -119,10 +127,16 @@ def build_accelerator() -> Accelerator:
             f"{devices or 'no'} GPU(s): launch with --config_file accelerate_configs/cpu.yaml or "
             "cpu4.yaml, or with a YAML whose num_processes is the number of GPUs"
         )
+    cpu = wants_cpu or devices == 0
     accelerator = Accelerator(
-        cpu=wants_cpu or devices == 0,
-        # The others wait while a node's first process downloads or decodes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
+        cpu=cpu,
+        kwargs_handlers=[
+            # The others wait while a node's first process downloads or decodes.
+            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2)),
+            # Otherwise DistributedDataParallel re-orders its buckets after a process's first
+            # step, and gloo's sums with them, so that a resumed run would end with other bits.
+            DistributedDataParallelKwargs(find_unused_parameters=cpu),
+        ],
     )
     if accelerator.num_processes != asked:
         raise UserError(
@@ -166,6 +180,12 @@ def use_deterministic_kernels(deterministic: bool) -> None:
     """As the original: a seeded run repeats to the bit on a GPU, an unseeded one is faster."""
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def check_compiler() -> None:
+    """Raise `UserError` when torch.compile would fail for want of a C++ compiler."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))):
+        raise UserError("--compile needs a C++ compiler: apt install g++, or leave --compile out")
 
 
 def check_writable(directory: Path, flag: str) -> None:

@@ -85,7 +85,7 @@ def test_the_images_the_table_and_the_csv_are_those_known(folder: Path) -> None:
         "a right            4         1",
         "a wrong            1         4",
         " * a Acc@1 50.000 b Acc@1 50.000 disagree 2 of 10",
-        "=> diff: 2 images, disagreements.csv, contact_sheet.png",
+        f"=> {folder.resolve()}/diff/: 2 images, disagreements.csv, contact_sheet.png",
     ]
     with (folder / "diff" / "disagreements.csv").open() as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
@@ -112,6 +112,24 @@ def test_identical_checkpoints_do_not_differ_and_an_earlier_output_is_replaced(
     assert len((folder / "twice" / "disagreements.csv").read_text().splitlines()) == 1
 
 
+def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(folder: Path) -> None:
+    (folder / "elsewhere").mkdir()
+    (folder / "link").symlink_to("elsewhere")
+    for _ in range(2):
+        compare(folder, "a.pth", "b.pth", "--output-dir", "link")
+        assert (folder / "link").is_symlink()
+        assert len(copies(folder / "elsewhere")) == 2
+
+
+def test_bare_state_dicts_of_two_architectures(folder: Path) -> None:
+    torch.manual_seed(0)
+    other = models.squeezenet1_1(num_classes=3)
+    torch.save(other.state_dict(), folder / "squeezenet.pth")
+    flags = ("-a", "resnet18", "squeezenet1_1", "--image-size", 32, "--output-dir", "bare")
+    result = compare(folder, "a_bare.pth", "squeezenet.pth", *flags)
+    assert " * a Acc@1 50.000 b Acc@1 " in result.out
+
+
 def test_classes_are_named_by_number_by_name_or_all(folder: Path) -> None:
     for names, count in ((("2",), 2), (("fox", "0"), 7), (("all",), 12)):
         flags = ("a.pth", "b.pth", "--output-dir", "classes", "--classes", *names)
@@ -123,6 +141,8 @@ def test_misclassified_images_of_one_model_and_of_two(folder: Path) -> None:
     wrong = {f"0_misclassified_to_1_{i}.png" for i in (2, 3, 4)}
     wrong |= {f"1_misclassified_to_0_{i}.png" for i in (0, 1)}
     assert copies(folder / "wrong") == wrong
+    header = (folder / "wrong" / "disagreements.csv").read_text().splitlines()[0]
+    assert header == "file,true_class,wnid,name,a_prediction,a_name,a_probability"
     assert " * a Acc@1 50.000 misclassified 5 of 10" in result.out
     compare(folder, "--misclassified", "a.pth", "b.pth", "--output-dir", "wrong")
     assert len(copies(folder / "wrong")) == 10
@@ -157,7 +177,11 @@ def test_bad_input_is_one_line_and_touches_nothing(folder: Path) -> None:
         ("a.pth", "other.pth"): "other.pth knows other classes than the dataset",
         ("a.pth", "b.pth", "--classes", "3"): "no class 3: the dataset has 0 to 2",
         ("a.pth", "b.pth", "--classes", "elk"): "no class elk",
-        ("a.pth", "b.pth", "--data", "nowhere"): "dataset nowhere: no such folder",
+        ("a.pth", "b.pth", "--classes", "²"): "no class ²",
+        ("a.pth", "b.pth", "--output-dir", "."): "did not write (",
+        ("a.pth", "b.pth", "-a", "alexnet", "vgg11", "vgg13"): "one for each checkpoint",
+        ("--classes", "0", "1", "a.pth", "b.pth"): "2 checkpoints wanted, before the flags",
+        ("a.pth", "b.pth", "--data", "nowhere"): "nowhere is missing, and this script downloads",
     }.items():
         data = () if "--data" in flags else ("--data", "set")
         assert message in error_line(run("diff_eval.py", *flags, *data, cwd=folder))

@@ -96,9 +96,19 @@ def test_broken_datasets_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty" / "train" / "cat").mkdir()
     refused("cat: holds no images", tmp_path / "empty")
 
+    annotations.unlink()
+    refused("val_annotations.txt: missing")
+
     plain = make_dataset(tmp_path / "plain", "plain")
     (plain / "val" / "dog").mkdir()
     refused(r"val/ has 1 class\(es\) that train/ lacks: dog", plain)
+
+
+def test_an_empty_images_folder_beside_sorted_classes_is_no_class(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "set", "sorted")
+    (root / "val" / "images").mkdir()
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn00000000\n")
+    assert len(find_images(root).val.paths) == 10
 
 
 def test_bad_images_are_all_named_at_once(tmp_path: Path) -> None:
@@ -108,15 +118,18 @@ def test_bad_images_are_all_named_at_once(tmp_path: Path) -> None:
     Path(paths[3]).write_bytes(whole[: len(whole) // 2])
     Path(paths[10]).write_bytes(b"")
     Path(paths[17]).write_text("a web page")
+    Path(paths[20]).unlink()
+    Path(paths[20]).symlink_to("nowhere")
     for attempt in (lambda: load(root), lambda: refuse_bad_images(paths, workers=0)):
         with pytest.raises(UserError) as refusal:
             attempt()
         message = str(refusal.value)
-        assert message.startswith("3 of ")
+        assert message.startswith("4 of ")
         for path, why in (
             (paths[3], "truncated"),
             (paths[10], "empty"),
             (paths[17], "not an image"),
+            (paths[20], "missing"),
         ):
             assert f"{path} ({why})" in message
     assert not list(root.glob(".decoded*"))
@@ -160,6 +173,9 @@ def test_a_read_only_dataset_is_cached_in_the_temporary_folder(
 def test_large_images_go_through_the_originals_transforms(tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "set", "plain", side=160)
     assert small_side(find_images(root).train.paths) is None
+    mixed = make_dataset(tmp_path / "mixed", "plain")
+    image("odd", 160).save(mixed / "val" / "n00000000" / "val_0.JPEG")
+    assert isinstance(load(mixed).train, image_data.ImageFiles)
     data = load(root, size=56)
     assert isinstance(data.val, image_data.ImageFiles)
     original = v2.Compose([v2.Resize(64), v2.CenterCrop(56), v2.PILToTensor()])

@@ -1,5 +1,6 @@
 """Architectures, stems and checkpoints of several origins."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,32 @@ def test_pretrained_weights_with_a_new_head(
     }
     new = {"fc.weight", "fc.bias"} | ({"conv1.weight"} if stem == "cifar" else set())
     assert set(published.state_dict()) - same == new
+
+
+def test_pretrained_weights_under_old_names_and_for_another_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DenseNet's published files have names of 2017; a ViT's positions are for 224 px."""
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    dense = models.densenet121()
+    old = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): tensor
+        for name, tensor in dense.state_dict().items()
+    }
+    assert old.keys() != dense.state_dict().keys()
+    name = models.DenseNet121_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
+    torch.save(old, folder / name)
+    model = image_model.build_model(spec("densenet121"), pretrained=True)
+    assert "so new: classifier.bias, classifier.weight\n" in capsys.readouterr().out
+    weight = "features.denseblock1.denselayer1.conv1.weight"
+    assert torch.equal(model.state_dict()[weight], dense.state_dict()[weight])
+
+    name = models.ViT_B_32_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
+    torch.save(models.vit_b_32().state_dict(), folder / name)
+    image_model.build_model(spec("vit_b_32"), pretrained=True)
+    assert "so new: heads.head.bias, heads.head.weight\n" in capsys.readouterr().out
 
 
 def test_pretrained_without_a_network_says_where_the_file_goes(

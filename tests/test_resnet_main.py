@@ -12,6 +12,7 @@ from torchvision import models
 TAGS = {f"{name}/{split}" for name in ("Loss", "Acc@1", "Acc@5") for split in ("train", "val")}
 TAGS |= {"LR", "Throughput/train"}
 FAST = ("--image-size", 32, "--stem", "stock", "-b", 8, "-j", 1, "--lr", 0.01)
+PROBE = {"PYTHONPATH": str(KIT)}
 SUMMARY = re.compile(r"^ \* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) Loss (\d+\.\d{3})$", re.MULTILINE)
 LINE = re.compile(
     r"^Epoch: \[0\]\[1/3\]\tTime +\d+\.\d{3} \( *\d+\.\d{3}\)\tData +\d+\.\d{3} \( *\d+\.\d{3}\)"
@@ -96,69 +97,102 @@ def test_flags_that_disagree_with_the_checkpoint_are_named(trained: tuple[Path, 
     result = run("resnet_main.py", *flags, cwd=trained[0])
     assert result.code == 0
     assert "model_best.pth has arch resnet18: --arch resnet50 is ignored" in result.out
-    assert "model_best.pth has image_size 32: --image-size 64 is ignored" in result.out
     assert "--stem" not in result.out
+    assert "3 classes, 64 px, stem stock" in result.out  # the weights fit any size
 
 
-def test_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(
+def same_bits(one: Path, other: Path) -> None:
+    """Weights, optimizer and curves of two output folders."""
+    a, b = (torch.load(p / "checkpoint.pth", weights_only=True) for p in (one, other))
+    for name, tensor in a["state_dict"].items():
+        assert torch.equal(tensor, b["state_dict"][name]), name
+    for name, state in a["optimizer"]["state"].items():
+        momentum = b["optimizer"]["state"][name]["momentum_buffer"]
+        assert torch.equal(state["momentum_buffer"], momentum), name
+    curves = [scalars(p / "logs") for p in (one, other)]
+    for tag in TAGS - {"Throughput/train"}:
+        assert curves[0][tag] == curves[1][tag], tag
+
+
+def test_a_killed_and_resumed_run_ends_with_the_bits_of_an_undisturbed_one(
     trained: tuple[Path, Result],
 ) -> None:
     folder, _ = trained
-    flags = ("set", *FAST, "--seed", 1, "--output-dir", "halves", "--checkpoint-every", 2)
-    first = run("resnet_main.py", *flags, "--epochs", 1, cwd=folder)
-    assert first.code == 0
-    resume = ("--resume", "halves/checkpoint.pth")
-    second = run("resnet_main.py", *flags, "--epochs", 2, *resume, cwd=folder)
-    assert "=> loaded checkpoint 'halves/checkpoint.pth' (epoch 1, step 0)" in second.out
-    whole, halves = (
-        torch.load(folder / name / "checkpoint.pth", weights_only=True)
-        for name in ("output/resnet", "halves")
-    )
-    for name, tensor in whole["state_dict"].items():
-        assert torch.equal(tensor, halves["state_dict"][name]), name
-    for name, state in whole["optimizer"]["state"].items():
-        other = halves["optimizer"]["state"][name]["momentum_buffer"]
-        assert torch.equal(state["momentum_buffer"], other)
-    curves = [scalars(folder / name / "logs") for name in ("output/resnet", "halves")]
-    for tag in TAGS - {"Throughput/train"}:
-        assert curves[0][tag] == curves[1][tag]
+    for name, epoch, step in (("within", 1, 2), ("between", 1, 0)):
+        flags = ["set", *FAST, "--seed", 1, "--output-dir", name, "--checkpoint-every", 2]
+        probe = ("kill", epoch, step, *flags, "--epochs", 2)
+        assert run("tests/process_probe.py", *probe, cwd=folder, env=PROBE).code == 9
+        resume = ("--epochs", 2, "--resume", f"{name}/checkpoint.pth")
+        second = run("resnet_main.py", *flags, *resume, cwd=folder)
+        assert f"checkpoint.pth' (epoch {epoch}, step {step})" in second.out
+        same_bits(folder / "output" / "resnet", folder / name)
 
 
-def test_four_processes_train_on_the_samples_of_one(tmp_path: Path) -> None:
-    make_dataset(tmp_path / "small", train=9)
-    make_dataset(tmp_path / "large", "plain", train=9, side=160)
-    for data in ("small", "large"):
-        flags = (KIT / "tests" / "loader_probe.py", tmp_path / data)
-        env = {"PYTHONPATH": str(KIT)}
-        alone = launch("cpu.yaml", *flags, cwd=tmp_path, env=env)
-        four = launch("cpu4.yaml", *flags, cwd=tmp_path, env=env)
-        assert alone.code == four.code == 0, (alone, four)
-        lines = [r.out.splitlines() for r in (alone, four)]
-        batches = [[line for line in out if line.startswith("[")] for out in lines]
-        assert len(batches[0]) == 3
-        assert batches[0] == batches[1]
-        assert [out[-1].split()[0] for out in lines] == ["1", "4"]
+def test_a_resume_that_would_not_be_the_same_run_is_refused_or_named(
+    trained: tuple[Path, Result],
+) -> None:
+    folder, _ = trained
+    flags = ["set", *FAST, "--output-dir", "odd", "--checkpoint-every", 2, "--epochs", 2]
+    run("tests/process_probe.py", "kill", 0, 2, *flags, "--seed", 1, cwd=folder)
+    again = [*flags, "--resume", "odd/checkpoint.pth"]
+    for change, message in {
+        ("--seed", 2): "within an epoch of seed 1, and this run has 2",
+        ("-b", 4): "within an epoch of batch_size 8, and this run has 4",
+    }.items():
+        assert message in error_line(run("resnet_main.py", *again, *change, cwd=folder))
+    changed = run("resnet_main.py", *again, "--lr", 0.02, cwd=folder)
+    assert "'initial_lr': 0.01" in changed.out and "this run has {'initial_lr': 0.02" in changed.out
+    done = run("resnet_main.py", *again, cwd=folder)
+    assert done.code == 0
+    assert "=> 2 epochs are done: raise --epochs to go on" in done.out
+    for key, value in {"epoch": -4, "step": 9, "sums": [[1.0]], "optimizer": "gone"}.items():
+        content = torch.load(folder / "odd" / "checkpoint.pth", weights_only=True)
+        torch.save({**content, key: value}, folder / "bad.pth")
+        flags = ["set", *FAST, "--seed", 1, "--epochs", 3, "--resume", "bad.pth"]
+        line = error_line(run("resnet_main.py", *flags, "--output-dir", "odd", cwd=folder))
+        assert "checkpoint bad.pth: " in line
 
 
-def test_four_processes_train_and_write_one_checkpoint(tmp_path: Path) -> None:
+def test_four_processes_train_on_the_samples_of_one_and_reach_its_weights(tmp_path: Path) -> None:
+    """Decoded and large images; without batch normalisation; a last batch not to be divided."""
+    flags = [make_dataset(tmp_path / "small", train=9)]
+    flags += [make_dataset(tmp_path / "large", "plain", train=9, side=160)]
+    script = KIT / "tests" / "process_probe.py"
+    results = [
+        launch(config, script, "same", *flags, cwd=tmp_path, env=PROBE)
+        for config in ("cpu.yaml", "cpu4.yaml")
+    ]
+    assert [r.code for r in results] == [0, 0], results
+    assert [r.out.splitlines()[-1] for r in results] == ["1 processes", "4 processes"]
+    lines = [r.out.splitlines() for r in results]
+    batches = [[line for line in out if line.startswith("BATCH")] for out in lines]
+    assert len(batches[0]) == 6
+    assert batches[0] == batches[1]
+    weights = [next(line for line in out if line.startswith("WEIGHTS")) for out in lines]
+    one, four = ([float(x) for x in line.split()[1:]] for line in weights)
+    assert len(one) == 4 + 96
+    assert one == pytest.approx(four, rel=1e-5, abs=1e-7)
+
+
+def test_four_processes_killed_and_resumed_end_with_the_bits_of_undisturbed_ones(
+    tmp_path: Path,
+) -> None:
     make_dataset(tmp_path / "set", train=9)
-    flags = ("set", *FAST, "--epochs", 2, "--seed", 1, "--cutmix", 1, "--mixup", 0.2)
-    result = launch("cpu4.yaml", "resnet_main.py", *flags, cwd=tmp_path)
-    assert result.code == 0, result
-    assert len(SUMMARY.findall(result.out)) == 2
-    assert result.out.count("=> creating model") == 1
-    assert all(len(points) == 2 for points in scalars(tmp_path / "output/resnet/logs").values())
-    evaluated = run(
-        "resnet_main.py",
-        "set",
-        "-e",
-        "--resume",
-        "output/resnet/checkpoint.pth",
-        "-b",
-        8,
-        cwd=tmp_path,
-    )
-    assert SUMMARY.findall(evaluated.out) == SUMMARY.findall(result.out)[-1:]
+    flags = ["set", *FAST, "--epochs", 2, "--seed", 1, "--cutmix", 1, "--mixup", 0.2]
+    whole = launch("cpu4.yaml", "resnet_main.py", *flags, "--output-dir", "whole", cwd=tmp_path)
+    assert whole.code == 0, whole
+    assert len(SUMMARY.findall(whole.out)) == 2
+    assert whole.out.count("=> creating model") == 1
+    flags += ["--output-dir", "killed", "--checkpoint-every", 3]
+    killed = (KIT / "tests" / "process_probe.py", "kill", 1, 3)
+    assert launch("cpu4.yaml", *killed, *flags, cwd=tmp_path, env=PROBE).code != 0
+    resume = ("--resume", "killed/checkpoint.pth")
+    second = launch("cpu4.yaml", "resnet_main.py", *flags, *resume, cwd=tmp_path)
+    assert "(epoch 1, step 3)" in second.out
+    same_bits(tmp_path / "whole", tmp_path / "killed")
+    evaluate = ("set", "-e", "--resume", "whole/checkpoint.pth", "-b", 8)
+    alone = run("resnet_main.py", *evaluate, cwd=tmp_path)
+    assert SUMMARY.findall(alone.out) == SUMMARY.findall(whole.out)[-1:]
 
 
 def test_options_of_the_training_loop(tmp_path: Path) -> None:
@@ -178,6 +212,14 @@ def test_dummy_data_needs_no_disk(tmp_path: Path) -> None:
     assert "=> Dummy data is used!" in result.out
     assert "[     1/320292]" in result.out
     assert "the loss is not finite in epoch 0 at step" in error_line(result)
+
+
+def test_a_validation_loss_that_is_not_finite_saves_nothing(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "one", val=3)
+    flags = ("one", *FAST[:-1], 50, "--epochs", 1, "--seed", 2)
+    line = error_line(run("resnet_main.py", *flags, cwd=tmp_path))
+    assert "not finite" in line and "epoch 0" in line
+    assert not list((tmp_path / "output" / "resnet").glob("*.pth"))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
@@ -221,6 +263,8 @@ def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result])
         ("set", "--resume", "code.pth"): "code.pth: holds more than tensors",
         ("four", "--resume", best): "has 3 classes and the dataset 4",
         ("set", "-b", "0"): "-b/--batch-size: must be at least 1",
+        ("set", "-b", "9" * 22): "fit 64 bits",
+        ("set", "--seed", "9" * 22): "fit 64 bits",
         ("set", "-b", "x"): "invalid positive_int value: 'x'",
         ("set", "--lr", "-1"): "must be a number from 0 on",
         ("set", "--lr", "nan"): "must be a number from 0 on",
