@@ -52,7 +52,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def read_vocabulary(checkpoint: Mapping[str, Any], path: Path) -> list[str]:
-    vocabulary: list[str] = checkpoints.value(checkpoint, "vocabulary", list, path)
+    vocabulary: list[str] = checkpoints.value(checkpoint, "vocabulary", list, path) or []
     if not all(isinstance(word, str) for word in vocabulary):
         raise UserError(f"checkpoint {path}: its vocabulary is no list of words: damaged")
     return vocabulary
@@ -122,9 +122,10 @@ def restore_model(checkpoint: Mapping[str, Any], path: Path) -> tuple[LanguageMo
     """The model of a checkpoint, ready to evaluate, and its vocabulary."""
     spec = read_spec(checkpoint, path)
     try:
-        model = lm_model.build_model(spec, dropout=0.0)
+        lm_model.check_spec(spec, bptt=1)
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
+    model = lm_model.build_model(spec, dropout=0.0)
     load_weights(model, checkpoint, path, spec)
     return model.eval(), read_vocabulary(checkpoint, path)
 
@@ -215,14 +216,16 @@ def _is_pair(row: object) -> bool:
 
 
 def take_best(
-    accelerator: Accelerator, model: LanguageModel, run: TrainingState, path: Path
+    accelerator: Accelerator, model: LanguageModel, spec: ModelSpec, run: TrainingState, path: Path
 ) -> None:
     """Give `model` the weights that did best on the validation text, on every process."""
     accelerator.wait_for_everyone()
-    if run.best_val_loss is None or not path.exists():
-        accelerator.print(f"=> no epoch's weights in {path}: these are the last ones")
-    elif accelerator.is_main_process:
-        model.load_state_dict(load(path)["state_dict"])
+    if accelerator.is_main_process:
+        best = load(path) if run.best_val_loss is not None and path.is_file() else {}
+        if best and best.get("best_val_loss") == run.best_val_loss:
+            load_weights(model, best, path, spec)
+        else:  # before the first epoch's end, or resumed with another --save
+            print(f"=> {path} does not hold this run's best weights: testing the last ones")
     if accelerator.num_processes > 1:
         for parameter in model.parameters():
             parameter.data.copy_(broadcast(parameter.data))

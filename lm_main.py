@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.compile:
             model.compile()
         run = fit(accelerator, model, spec, corpus, train, valid, checkpoint, args)
-        lm_checkpoint.take_best(accelerator, model, run, args.save)
+        lm_checkpoint.take_best(accelerator, model, spec, run, args.save)
         loss = evaluate(accelerator, model, test, args.bptt)
         accelerator.print("=" * RULE)
         accelerator.print(f"| End of training | {summary('test', loss)}")

@@ -129,8 +129,11 @@ class RecurrentModel(LanguageModel):
 
     def initial_hidden(self, columns: int) -> Hidden:
         rnn = self.rnn
-        zeros = self.decoder.weight.new_zeros(rnn.num_layers, columns, rnn.hidden_size)
-        return (zeros, zeros) if isinstance(rnn, nn.LSTM) else (zeros,)
+        shape = (rnn.num_layers, columns, rnn.hidden_size)
+        # Each its own tensor: the exporter takes one given twice for a single input.
+        return tuple(
+            self.decoder.weight.new_zeros(shape) for _ in range(1 + isinstance(rnn, nn.LSTM))
+        )
 
 
 class PositionalEncoding(nn.Module):

@@ -20,7 +20,9 @@ REAL_DATA = KIT.parent / "shared" / "data"
 # A server that has imported torch and forks: each script below is a process of its own, with its
 # own exit code and streams, without the seconds that the import takes.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["resnet_main", "torch.utils.tensorboard"])
+_context.set_forkserver_preload(
+    ["resnet_main", "lm_main", "lm_generate", "torch.utils.tensorboard"]
+)
 
 
 class Result(NamedTuple):
@@ -29,17 +31,27 @@ class Result(NamedTuple):
     err: str
 
 
+class Running:
+    """A script of the kit as a process, in the folder `cwd`."""
+
+    def __init__(self, script: str, *args: object, cwd: Path, env: dict[str, str]) -> None:
+        self.out, self.err = cwd / ".stdout", cwd / ".stderr"
+        self.argv = [str(KIT / script), *map(str, args)]
+        arguments = (self.argv, cwd, env, self.out, self.err)
+        self.process = _context.Process(target=_enter, args=arguments)
+        self.process.start()
+
+    def finish(self) -> Result:
+        self.process.join(240)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"{self.argv} hangs: {self.out.read_text()}{self.err.read_text()}")
+        return Result(self.process.exitcode, self.out.read_text(), self.err.read_text())
+
+
 def run(script: str, *args: object, cwd: Path, env: dict[str, str] | None = None) -> Result:
     """Run a script of the kit as a process, in the folder `cwd`."""
-    out, err = cwd / ".stdout", cwd / ".stderr"
-    argv = [str(KIT / script), *map(str, args)]
-    process = _context.Process(target=_enter, args=(argv, cwd, env or {}, out, err))
-    process.start()
-    process.join(240)
-    if process.exitcode is None:
-        process.kill()
-        raise TimeoutError(f"{argv} hangs: {out.read_text()}{err.read_text()}")
-    return Result(process.exitcode, out.read_text(), err.read_text())
+    return Running(script, *args, cwd=cwd, env=env or {}).finish()
 
 
 def _enter(argv: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
@@ -119,4 +131,18 @@ def make_dataset(
         lines.append(f"val_{i}.JPEG\t{name}\t0\t0\t62\t62\n")
     if layout == "tiny":
         (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    return root
+
+
+def make_corpus(root: Path, train: int = 2000, valid: int = 700, test: int = 500) -> Path:
+    """Text of so many words, in which a word hints at the next; test/ has some of its own."""
+    root.mkdir(parents=True)
+    rng = random.Random("corpus")
+    for part, count in (("train", train), ("valid", valid), ("test", test)):
+        word, words = 0, []
+        for _ in range(count):
+            word = (word * 3 + rng.choice([1, 1, 1, 2, 5])) % 37
+            words.append(f"{part}{word}" if word == 36 else f"word{word}")
+        lines = [" ".join(words[i : i + 19]) for i in range(0, count, 19)]
+        (root / f"{part}.txt").write_text("".join(f" {line} \n" for line in lines))
     return root

@@ -1,0 +1,170 @@
+"""Write text with a language model that lm_main.py has trained.
+
+    python lm_generate.py --checkpoint model.pt --words 200 --outf -
+    python lm_generate.py --prompt "The history of the" --temperature 0.8 --top-k 50
+
+pytorch/examples' word_language_model/generate.py with a cost a word that does not grow: an RNN
+carries its hidden state, and the Transformer reads the last words that fit into the window that
+it was trained on (--bptt). It never met a position beyond that one, so a longer context would
+give it nothing that it knows how to use. The checkpoint has the vocabulary; no corpus is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+import checkpoint as checkpoints
+import lm_checkpoint
+import lm_model
+import runtime
+from files import whole_or_absent
+from lm_model import LanguageModel
+from runtime import UserError, non_negative_int, positive_int
+
+WORDS_A_LINE = 20
+UNKNOWN = "<unk>"  # WikiText's own word for rare words
+DEFAULT_BPTT = 35
+
+
+def temperature(text: str) -> float:
+    value = float(text)
+    if not 1e-3 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 1e-3, not {text}")
+    return value
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = runtime.ArgumentParser(description="Generate text with a word language model")
+    add = parser.add_argument
+    # fmt: off
+    add("--data", help="accepted and not needed: the vocabulary is in the checkpoint")
+    add("--model", choices=lm_model.MODELS, help="what the checkpoint should hold")
+    add("--checkpoint", type=Path, default=Path("model.pt"), metavar="PATH",
+        help="model of lm_main.py (default: %(default)s)")
+    add("--outf", default="generated.txt", metavar="PATH",
+        help="for the text, - for standard output (default: %(default)s)")
+    add("--words", type=positive_int, default=1000, metavar="N",
+        help="words to generate (default: %(default)s)")
+    add("--seed", type=non_negative_int, default=1111, help="random seed (default: %(default)s)")
+    add("--temperature", type=temperature, default=1.0,
+        help="higher is more diverse (default: %(default)s)")
+    add("--log-interval", type=positive_int, default=100, metavar="N",
+        help="words between two reports (default: %(default)s)")
+    # The original's end here; these are new.
+    add("--prompt", default="", help="words that the text continues (default: a random one)")
+    add("--top-k", type=positive_int, metavar="K", help="draw from the K likeliest words only")
+    for flag in ("--cuda", "--accel"):
+        add(flag, action="store_true", help=argparse.SUPPRESS)
+    # fmt: on
+    return parser.parse_args(argv)
+
+
+class Reader:
+    """A model that has read some words, and reads on.
+
+    Args:
+        model: ready to evaluate.
+        window: how many of the last words the Transformer sees; an RNN has its hidden state.
+    """
+
+    def __init__(self, model: LanguageModel, window: int) -> None:
+        self.model, self.window = model, window
+        self.hidden = model.initial_hidden(1)
+        self.context: list[int] = []
+
+    @torch.inference_mode()
+    def read(self, words: list[int]) -> torch.Tensor:
+        """Read at least one word; returns the logits [words] of the next."""
+        if not self.hidden:
+            words = self.context = [*self.context, *words][-self.window :]
+        tokens = torch.tensor(words, device=self.model.decoder.weight.device)[:, None]
+        features, self.hidden = self.model.features(tokens, self.hidden)
+        logits: torch.Tensor = self.model.decoder(features[-1, 0])
+        return logits
+
+
+def generate(
+    reader: Reader, start: list[int], generator: torch.Generator, args: argparse.Namespace
+) -> Iterator[int]:
+    """Yield `args.words` words that follow `start`."""
+    words = start
+    for _ in range(args.words):
+        logits = reader.read(words).cpu() / args.temperature
+        if args.top_k is not None and args.top_k < len(logits):
+            logits[logits < logits.topk(args.top_k).values[-1]] = -torch.inf
+        words = [int(torch.multinomial(logits.softmax(0), 1, generator=generator))]
+        yield words[0]
+
+
+def encode(prompt: str, vocabulary: list[str]) -> list[int]:
+    """Numbers of the prompt's words; one that the model does not know is named, and replaced by
+    <unk> where it knows that, else left out."""
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    words = prompt.split()
+    if unknown := [word for word in words if word not in numbers]:
+        instead = f"read as {UNKNOWN}" if UNKNOWN in numbers else "left out"
+        print(f"=> not in the vocabulary, {instead}: {' '.join(unknown)}", file=sys.stderr)
+    found = (numbers.get(word, numbers.get(UNKNOWN)) for word in words)
+    return [number for number in found if number is not None]
+
+
+@contextlib.contextmanager
+def output(name: str) -> Iterator[TextIO]:
+    """Standard output, or a file that appears when it is whole."""
+    if name == "-":
+        try:
+            yield sys.stdout
+            sys.stdout.flush()
+        except BrokenPipeError:  # its reader, `head` perhaps, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    path = Path(name)
+    try:
+        with whole_or_absent(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    report = sys.stderr if args.outf == "-" else sys.stdout
+    for flag in ("cuda", "accel"):
+        if getattr(args, flag):
+            print(f"=> --{flag} changes nothing: a GPU is used where there is one", file=report)
+    if args.outf != "-":
+        if Path(args.outf).is_dir():
+            raise UserError(f"--outf {args.outf}: is a directory, and a file is wanted")
+        runtime.check_writable(Path(args.outf).parent, "--outf")
+
+    content = lm_checkpoint.load(args.checkpoint)
+    kind = checkpoints.value(content, "model", str, args.checkpoint)
+    if args.model is not None and args.model != kind:
+        raise UserError(f"checkpoint {args.checkpoint}: holds a {kind}, not a {args.model}")
+    model, vocabulary = lm_checkpoint.restore_model(content, args.checkpoint)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    window = checkpoints.value(content, "bptt", int, args.checkpoint) or DEFAULT_BPTT
+    reader = Reader(model, min(max(window, 1), lm_model.MAX_POSITIONS))
+
+    generator = torch.Generator().manual_seed(args.seed)
+    start = encode(args.prompt, vocabulary)
+    if not start:
+        start = [int(torch.randint(len(vocabulary), (1,), generator=generator))]
+    with output(args.outf) as text:
+        for i, word in enumerate(generate(reader, start, generator, args)):
+            text.write(vocabulary[word] + ("\n" if i % WORDS_A_LINE == WORDS_A_LINE - 1 else " "))
+            if i % args.log_interval == 0:
+                print(f"| Generated {i}/{args.words} words", file=report)
+
+
+if __name__ == "__main__":
+    runtime.run_script(main)

@@ -1,0 +1,165 @@
+"""The models: the original's initial weights, causality, the loss, the exported graph."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lm_model
+from lm_model import MODELS, RECURRENT, ModelSpec, build_model
+from runtime import UserError
+
+WORDS, EMSIZE, NHID, NLAYERS, NHEAD = 50, 12, 16, 2, 2
+
+
+def spec(model: str, tied: bool = False) -> ModelSpec:
+    nhid = EMSIZE if tied and model in RECURRENT else NHID
+    return ModelSpec(model, WORDS, EMSIZE, nhid, NLAYERS, NHEAD, tied)
+
+
+def drawn_as_the_original_does(model: str, tied: bool) -> dict[str, torch.Tensor]:
+    """The rules of the original's constructors, in their order, from torch's own layers."""
+    weights: dict[str, torch.Tensor] = {}
+    nhid = spec(model, tied).nhid
+    if model == "Transformer":
+        layer = nn.TransformerEncoderLayer(EMSIZE, NHEAD, NHID)
+        other = nn.TransformerDecoderLayer(EMSIZE, NHEAD, NHID)
+        for number in range(NLAYERS):  # copies of one, whose matrices are then drawn anew
+            for name, value in layer.state_dict().items():
+                weights[f"encoder.layers.{number}.{name}"] = value.clone()
+        weights["encoder.norm.weight"] = torch.ones(EMSIZE)
+        weights["encoder.norm.bias"] = torch.zeros(EMSIZE)
+        for value in weights.values():
+            if value.dim() > 1:
+                nn.init.xavier_uniform_(value)
+        for _ in range(6):  # the decoder that nn.Transformer has by default and nothing uses
+            for value in other.state_dict().values():
+                if value.dim() > 1:
+                    nn.init.xavier_uniform_(value.clone())
+        embedding, decoder = nn.Embedding(WORDS, EMSIZE), nn.Linear(EMSIZE, WORDS)
+        name = "input_emb.weight"
+    else:
+        embedding = nn.Embedding(WORDS, EMSIZE)
+        rnn = {
+            "RNN_TANH": lambda: nn.RNN(EMSIZE, nhid, NLAYERS, nonlinearity="tanh"),
+            "RNN_RELU": lambda: nn.RNN(EMSIZE, nhid, NLAYERS, nonlinearity="relu"),
+            "LSTM": lambda: nn.LSTM(EMSIZE, nhid, NLAYERS),
+            "GRU": lambda: nn.GRU(EMSIZE, nhid, NLAYERS),
+        }[model]()
+        weights |= {f"rnn.{key}": value for key, value in rnn.state_dict().items()}
+        decoder = nn.Linear(nhid, WORDS)
+        name = "encoder.weight"
+    weights[name] = embedding.weight.data.uniform_(-0.1, 0.1)
+    weights["decoder.weight"] = decoder.weight.data.uniform_(-0.1, 0.1)
+    if tied:
+        weights[name] = weights["decoder.weight"]
+    weights["decoder.bias"] = torch.zeros(WORDS)
+    return weights
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_seed_gives_the_originals_weights(model: str, tied: bool) -> None:
+    torch.manual_seed(1111)
+    expected = drawn_as_the_original_does(model, tied)
+    after = torch.rand(3)
+    torch.manual_seed(1111)
+    built = build_model(spec(model, tied), dropout=0.2)
+    assert torch.equal(torch.rand(3), after)  # not one draw more
+    state = built.state_dict()
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(state[name], value), name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_tied_weights_are_one_matrix(model: str) -> None:
+    built = build_model(spec(model, tied=True), dropout=0.0)
+    embedding = next(m for m in built.modules() if isinstance(m, nn.Embedding))
+    assert built.decoder.weight is embedding.weight
+    assert len(list(built.parameters())) == len(built.state_dict()) - 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_word_does_not_see_those_after_it(model: str, training: bool) -> None:
+    built = build_model(spec(model), dropout=0.5).train(training)
+    tokens = torch.randint(WORDS, (9, 3))
+    outputs = []
+    for changed in (tokens, torch.cat([tokens[:5], (tokens[5:] + 1) % WORDS])):
+        torch.manual_seed(0)
+        outputs.append(built.features(changed, built.initial_hidden(3))[0])
+    assert torch.equal(outputs[0][:5], outputs[1][:5])
+    assert not torch.isclose(outputs[0][5:], outputs[1][5:]).all(2).any()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_loss_is_the_mean_over_words_and_the_hidden_state_has_no_history(model: str) -> None:
+    built = build_model(spec(model), dropout=0.0)
+    tokens, targets = torch.randint(WORDS, (7, 3)), torch.randint(WORDS, (21,))
+    loss, hidden = built(tokens, targets, built.initial_hidden(3))
+    features, _ = built.features(tokens, built.initial_hidden(3))
+    log_probabilities = F.log_softmax(built.decoder(features), dim=2).view(21, WORDS)
+    expected = -log_probabilities[torch.arange(21), targets].mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert len(hidden) == {"Transformer": 0, "LSTM": 2}.get(model, 1)
+    assert not any(h.requires_grad for h in hidden)
+
+
+def test_positions_are_sines_and_cosines() -> None:
+    encoding = lm_model.PositionalEncoding(6, 0.0).pe
+    assert encoding.shape == (5000, 1, 6)
+    for position in (0, 1, 34, 4999):
+        for pair in range(3):
+            angle = position / 10000 ** (2 * pair / 6)
+            found = encoding[position, 0, 2 * pair : 2 * pair + 2].tolist()
+            assert found == pytest.approx([math.sin(angle), math.cos(angle)], abs=2e-3)
+
+
+def test_dropout_reaches_every_layer() -> None:
+    for name in MODELS:
+        model = build_model(spec(name), dropout=0.37)
+        rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
+        rates |= {m.dropout for m in model.modules() if isinstance(m, nn.RNNBase)}
+        rates |= {m.dropout for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+        assert rates == {0.37}, name
+
+
+def test_sizes_that_do_not_go_together_are_refused() -> None:
+    base = spec("Transformer")
+    for wrong, message in (
+        (base._replace(nhead=5), "--emsize 12 cannot be divided by --nhead 5"),
+        (base._replace(emsize=15, nhead=3), "--emsize 15 is odd"),
+        (spec("GRU")._replace(tied=True), "--tied needs --nhid equal to --emsize"),
+    ):
+        with pytest.raises(UserError, match=message):
+            lm_model.check_spec(wrong, 35)
+    with pytest.raises(UserError, match="--bptt 5001: the Transformer has 5000 positions"):
+        lm_model.check_spec(base, 5001)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_exported_graph_computes_what_the_model_does(model: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    built = build_model(spec(model), dropout=0.3).eval()
+    path = tmp_path / "model.onnx"
+    lm_model.export_onnx(built, path, bptt=7)
+    assert list(tmp_path.iterdir()) == [path]
+    session = onnxruntime.InferenceSession(path)
+    tokens = torch.randint(WORDS, (7, 1))
+    hidden = tuple(torch.rand_like(h) for h in built.initial_hidden(1))
+    names = ["tokens", "hidden", "cell"][: 1 + len(hidden)]
+    assert [i.name for i in session.get_inputs()] == names
+    inputs = {name: x.numpy() for name, x in zip(names, (tokens, *hidden), strict=True)}
+    found = session.run(None, inputs)
+    with torch.no_grad():
+        features, hidden = built.features(tokens, hidden)
+        expected = (F.log_softmax(built.decoder(features), dim=2), *hidden)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b.numpy(), atol=1e-4)
