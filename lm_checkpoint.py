@@ -185,34 +185,20 @@ def restore(
                     f"checkpoint {path} lies within an epoch of {name} {checkpoint.get(name)}: "
                     f"resume it with that, or from the end of an epoch"
                 )
-        run.carried = checkpoints.value(checkpoint, "sums", list, path)
+        run.carried = checkpoints.sums(checkpoint, 2, path)
         run.hidden = tuple(checkpoints.value(checkpoint, "hidden", list, path) or ())
         shapes = [h.shape for h in model.initial_hidden(args.batch_size)]
         if (
             run.step > steps
             or [getattr(h, "shape", None) for h in run.hidden] != shapes
-            or not all(_is_pair(row) for row in run.carried or [None])
+            or not run.carried
         ):
             raise UserError(
                 f"checkpoint {path}: its step, sums or hidden state are not those of a "
                 f"{args.model} on this corpus"
             )
-    if state := checkpoints.value(checkpoint, "optimizer", dict, path):
-        try:
-            optimizer.load_state_dict(state)
-            for parameter, values in optimizer.state.items():
-                for name, value in values.items():
-                    if name != "step" and value.shape != parameter.shape:
-                        raise ValueError(f"{name} of shape {tuple(value.shape)}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"checkpoint {path}: its optimizer is not one for this model ({error})"
-            ) from error
+    checkpoints.load_optimizer(optimizer, checkpoint, path)
     return run
-
-
-def _is_pair(row: object) -> bool:
-    return isinstance(row, list) and len(row) == 2 and all(isinstance(x, float) for x in row)
 
 
 def take_best(

@@ -127,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--batch-size {args.batch_size} is for all processes together and cannot be divided "
             f"by {accelerator.num_processes}: use a multiple"
         )
+    if args.compile:
+        runtime.check_compiler()
     spec = ModelSpec(words=0, **{name: getattr(args, name) for name in SHAPE})
     lm_model.check_spec(spec, args.bptt)
     check_outputs(args, accelerator)
