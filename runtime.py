@@ -71,6 +71,8 @@ def run_script(main: Callable[[], None]) -> None:
     the launcher end the others, so each waits its turn: rank 0 speaks, and a later rank only if
     it is alone with its error.
     """
+    # A log file is read while it grows, and beside what goes to stderr.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
         main()
     except (UserError, torch.OutOfMemoryError) as error:
