@@ -317,7 +317,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
     before = [file.read_bytes() for file in files]
     flags = ("--data", "set", "--epochs", 9, "--resume", files[1], "--lr", 1e38, "--clip", 1e38)
     line = error_line(run("lm_main.py", *flags, "--checkpoint-every", 1, cwd=folder))
-    assert re.search(r"the loss is not finite in epoch 3 at batch [01]: lower --lr", line)
+    assert re.search(r"the loss is not finite in epoch 3 at batch \d: lower --lr", line)
     assert before[0] == files[0].read_bytes()
     assert all(tensor.isfinite().all() for tensor in load(files[1])["state_dict"].values())
     files[1].write_bytes(before[1])
@@ -325,7 +325,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
 
 def test_a_loss_too_large_for_a_perplexity_is_printed(tmp_path: Path) -> None:
     make_corpus(tmp_path / "set")
-    flags = ("--data", "set", *TINY, "--lr", 1e9, "--epochs", 1, "--model", "RNN_RELU")
+    flags = ("--data", "set", *TINY, "--lr", 1e5, "--model", "RNN_TANH")
     result = run("lm_main.py", *flags, "--dry-run", cwd=tmp_path)
     assert result.code == 0, result
     assert re.search(r"valid loss \d{4,}\.\d\d \| valid ppl +inf", result.out)
