@@ -292,11 +292,14 @@ def test_a_dry_run_takes_one_step_and_exports(trained: tuple[Path, Result]) -> N
     pytest.importorskip("onnxscript")
     folder, _ = trained
     flags = ("--data", "set", *TINY, "--model", "Transformer", "--tied", "--dry-run")
-    result = run("lm_main.py", *flags, "--save", "dry.pt", "--onnx-export", "x.onnx", cwd=folder)
+    result = run("lm_main.py", *flags, "--save", "dry.pt", "--onnx-export", "y.onnx", cwd=folder)
     assert result.code == 0, result
     assert len(EPOCH.findall(result.out)) == 1
-    assert f"exported in ONNX format at {folder / 'x.onnx'}." in result.out
-    assert (folder / "x.onnx").stat().st_size > 1000
+    assert f"exported in ONNX format at {folder / 'y.onnx'}." in result.out
+    assert (folder / "y.onnx").stat().st_size > 1000
+    again = ("--data", "set", "--evaluate", "--save", "dry.pt", "--onnx-export", "x.onnx")
+    assert run("lm_main.py", *again, cwd=folder).code == 0
+    assert (folder / "x.onnx").stat().st_size == (folder / "y.onnx").stat().st_size
 
 
 def test_a_missing_exporter_is_said_before_training(tmp_path: Path) -> None:
