@@ -108,7 +108,7 @@ def load_weights(
     # A table of sines in the original's state dict.
     state = {k: v for k, v in checkpoint["state_dict"].items() if k != "pos_encoder.pe"}
     own = model.state_dict()
-    for name in own.keys() | state.keys():
+    for name in {**own, **state}:
         if name not in state or name not in own:
             where = "lacks" if name not in state else "has a superfluous"
             raise UserError(f"checkpoint {path}: {where} {name}: not a {spec.model} of lm_main.py")

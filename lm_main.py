@@ -171,9 +171,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.print("=" * RULE)
         accelerator.print(f"| End of training | {summary('test', loss)}")
         accelerator.print("=" * RULE)
-        if args.onnx_export and accelerator.is_main_process:
-            lm_model.export_onnx(model.cpu(), args.onnx_export, args.bptt)
-            print(f"The model is also exported in ONNX format at {args.onnx_export.resolve()}.")
+    if args.onnx_export and accelerator.is_main_process:
+        lm_model.export_onnx(model.cpu(), args.onnx_export, args.bptt)
+        print(f"The model is also exported in ONNX format at {args.onnx_export.resolve()}.")
     accelerator.end_training()
 
 
@@ -216,12 +216,15 @@ def check_outputs(args: argparse.Namespace, accelerator: Accelerator) -> None:
         raise UserError(
             f"--onnx-export needs {' and '.join(exporter)}: pip install onnx onnxscript"
         )
+    if not accelerator.is_main_process:
+        return
     for flag, path in (("--save", args.save), ("--onnx-export", args.onnx_export)):
-        if args.evaluate or path is None or not accelerator.is_main_process:
+        if path is None or (args.evaluate and path == args.save):
             continue
         if path.is_dir():
             raise UserError(f"{flag} {path}: is a directory, and a file is wanted")
         runtime.check_writable(path.parent, flag)
+    if not args.evaluate:
         runtime.check_writable(args.log_dir, "--log-dir")
 
 
