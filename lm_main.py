@@ -143,15 +143,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"=> {corpus.root}: {len(corpus.train)} training, {len(corpus.valid)} validation and "
         f"{len(corpus.test)} test words, {spec.words} different"
     )
-    train, valid, test = (
-        lm_data.batchify(getattr(corpus, part), columns, part)
-        for part, columns in (
-            ("train", args.batch_size),
-            ("valid", EVAL_BATCH_SIZE),
-            ("test", EVAL_BATCH_SIZE),
-        )
-    )
-    valid, test = valid.to(accelerator.device), test.to(accelerator.device)
+    train = lm_data.batchify(corpus.train, args.batch_size, "train")
+    valid = lm_data.batchify(corpus.valid, EVAL_BATCH_SIZE, "valid").to(accelerator.device)
+    test = lm_data.batchify(corpus.test, EVAL_BATCH_SIZE, "test").to(accelerator.device)
 
     torch.manual_seed(args.seed)
     model = lm_model.build_model(spec, args.dropout)
