@@ -6,6 +6,7 @@ model.py, so a seed gives its weights to the bit.
 
 from __future__ import annotations
 
+import abc
 import math
 import warnings
 from pathlib import Path
@@ -71,7 +72,7 @@ def loss(features: torch.Tensor, decoder: nn.Linear, targets: torch.Tensor) -> t
     return F.cross_entropy(logits.float(), targets)
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(nn.Module, abc.ABC):
     """Features of words, a decoder to the vocabulary, and the loss between them.
 
     `forward` has the loss inside, because DistributedDataParallel and mixed precision wrap it
@@ -80,12 +81,13 @@ class LanguageModel(nn.Module):
 
     decoder: nn.Linear
 
+    @abc.abstractmethod
     def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
         """[t, columns] of tokens to [t, columns, size], each of words up to its own."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def initial_hidden(self, columns: int) -> Hidden:
-        raise NotImplementedError
+        """What a model remembers before its first word: zeros, for the Transformer nothing."""
 
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor, hidden: Hidden
