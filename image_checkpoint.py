@@ -17,6 +17,9 @@ from image_model import DEFAULT_ARCH, DEFAULT_SIZE, DEFAULT_STEM, STEMS, ModelSp
 from metrics import RunningSums
 from runtime import UserError
 
+# The original's defaults.
+SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "batch_size": 256}
+
 
 def read_spec(
     checkpoint: Mapping[str, Any], path: Path, arch: str | None, stem: str | None
@@ -76,13 +79,16 @@ def refuse_other_classes(checkpoint: Mapping[str, Any], classes: list[str], path
         )
 
 
-def settle_model(
-    args: argparse.Namespace, checkpoint: dict[str, Any], accelerator: Accelerator
-) -> None:
-    """Fill in architecture and stem: the checkpoint's, else the flags, else defaults.
+def settle(args: argparse.Namespace, checkpoint: dict[str, Any], accelerator: Accelerator) -> None:
+    """Fill in what the model and its training are.
 
-    Says so where a flag disagrees with the checkpoint. The image size is the flag's, if given.
+    Architecture and stem are the checkpoint's, and a flag that disagrees is named; the image size
+    and `SETTINGS` are the flags', else the checkpoint's; else the defaults are taken.
     """
+    settings = _read_settings(checkpoint, Path(args.resume))
+    for name, default in SETTINGS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, settings.get(name, default))
     if checkpoint:
         spec = read_spec(checkpoint, Path(args.resume), args.arch, args.stem)
         args.image_size = args.image_size or spec.image_size
@@ -99,6 +105,23 @@ def settle_model(
     elif args.stem is None:
         args.stem = DEFAULT_STEM
     args.image_size = args.image_size or DEFAULT_SIZE
+
+
+def _read_settings(checkpoint: Mapping[str, Any], path: Path) -> dict[str, float]:
+    """What of `SETTINGS` a checkpoint knows: the optimizer's own, as the original resumes it."""
+    optimizer = checkpoints.value(checkpoint, "optimizer", dict, path) or {}
+    try:
+        found = dict(optimizer["param_groups"][0]) if optimizer else {}
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path}: its optimizer has no settings: damaged") from error
+    found["lr"] = found.get("initial_lr")
+    found["batch_size"] = checkpoints.value(checkpoint, "batch_size", int, path)
+    settings = {name: found[name] for name in SETTINGS if found.get(name) is not None}
+    for name, value in settings.items():
+        least = 1 if name == "batch_size" else 0
+        if not isinstance(value, (int, float)) or not least <= value < 2**63:
+            raise UserError(f"checkpoint {path}: {name} is {value!r}: damaged")
+    return settings
 
 
 class TrainingState:

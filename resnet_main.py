@@ -69,13 +69,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="total epochs to run (default: %(default)s)")
     add("--start-epoch", default=0, type=non_negative_int, metavar="N",
         help="epoch to start from; a checkpoint has its own")
-    add("-b", "--batch-size", default=256, type=positive_int, metavar="N",
-        help="images a step, over all processes together (default: %(default)s)")
-    add("--lr", "--learning-rate", dest="lr", default=0.1, type=non_negative_float, metavar="LR",
-        help="initial learning rate (default: %(default)s)")
-    add("--momentum", default=0.9, type=non_negative_float, metavar="M")
-    add("--wd", "--weight-decay", dest="weight_decay", default=1e-4, type=non_negative_float,
-        metavar="W", help="weight decay (default: %(default)s)")
+    # Without a default here: those of image_checkpoint.SETTINGS come after a checkpoint's values.
+    add("-b", "--batch-size", type=positive_int, metavar="N",
+        help="images a step, over all processes together (default: 256)")
+    add("--lr", "--learning-rate", dest="lr", type=non_negative_float, metavar="LR",
+        help="initial learning rate (default: 0.1)")
+    add("--momentum", type=non_negative_float, metavar="M", help="(default: 0.9)")
+    add("--wd", "--weight-decay", dest="weight_decay", type=non_negative_float, metavar="W",
+        help="weight decay (default: 1e-4)")
     add("-p", "--print-freq", default=10, type=positive_int, metavar="N",
         help="steps between two lines (default: %(default)s)")
     add("--resume", default="", metavar="PATH", help="checkpoint to continue or to evaluate")
@@ -125,11 +126,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     accelerator = runtime.build_accelerator()
     accelerator.print(runtime.describe_run(accelerator))
-    if args.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"--batch-size {args.batch_size} is for all processes together and cannot be divided "
-            f"by {accelerator.num_processes}: use a multiple"
-        )
     if args.sync_bn and accelerator.device.type == "cpu" and accelerator.num_processes > 1:
         raise UserError("--sync-bn works on GPUs only (torch has no SyncBatchNorm for the CPU)")
     if args.compile:
@@ -139,7 +135,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         runtime.check_writable(args.log_dir, "--log-dir")
 
     checkpoint = checkpoints.load(Path(args.resume)) if args.resume else {}
-    image_checkpoint.settle_model(args, checkpoint, accelerator)
+    image_checkpoint.settle(args, checkpoint, accelerator)
+    if not args.evaluate and args.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"--batch-size {args.batch_size} is for all processes together and cannot be divided "
+            f"by {accelerator.num_processes}: use a multiple"
+        )
     runtime.use_deterministic_kernels(args.seed is not None)
     if checkpoint and args.seed is None:
         args.seed = checkpoints.value(checkpoint, "seed", int, Path(args.resume))

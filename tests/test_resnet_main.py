@@ -132,9 +132,9 @@ def test_a_resume_that_would_not_be_the_same_run_is_refused_or_named(
     trained: tuple[Path, Result],
 ) -> None:
     folder, _ = trained
-    flags = ["set", *FAST, "--output-dir", "odd", "--checkpoint-every", 2, "--epochs", 2]
-    run("tests/process_probe.py", "kill", 0, 2, *flags, "--seed", 1, cwd=folder)
-    again = [*flags, "--resume", "odd/checkpoint.pth"]
+    flags = ["set", "--output-dir", "odd", "--checkpoint-every", 2, "--epochs", 2]
+    run("tests/process_probe.py", "kill", 0, 2, *flags, *FAST, "--seed", 1, cwd=folder)
+    again = [*flags, "--resume", "odd/checkpoint.pth"]  # which knows what FAST said
     for change, message in {
         ("--seed", 2): "within an epoch of seed 1, and this run has 2",
         ("-b", 4): "within an epoch of batch_size 8, and this run has 4",
