@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,11 +58,9 @@ def load(path: Path) -> dict[str, Any]:
             "loading it could run code, so nothing was loaded: re-save its state_dict() alone "
             "with the program that wrote it"
         ) from error
-    # A cut or damaged file fails in whichever layer meets the damage first.
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = (
-            f": {str(error).splitlines()[0]}" if isinstance(error, (OSError, RuntimeError)) else ""
-        )
+    # A cut or damaged file fails in whichever layer meets the damage first, with its exception.
+    except Exception as error:
+        reason = f": {error}".splitlines()[0] if isinstance(error, (OSError, RuntimeError)) else ""
         raise UserError(f"checkpoint {path}: damaged, cut, or no checkpoint{reason}") from error
     if isinstance(content, dict) and "state_dict" not in content:
         content = {"state_dict": content}

@@ -1,6 +1,7 @@
 """Checkpoints are data, whole or absent."""
 
 import os
+import random
 import resource
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def test_cut_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     checkpoints.save(STATE, path)
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], whole[:10], b"", b"not a checkpoint", whole[-500:]):
+    cuts = [whole[: len(whole) // 2], whole[:10], b"", b"not a checkpoint", whole[-500:]]
+    for content in (*cuts, *(random.Random(n).randbytes(40) for n in range(200))):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.pth: "):
             checkpoints.load(path)
