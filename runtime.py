@@ -44,16 +44,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
-    if not 1 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must be at least 1 (and fit 64 bits), not {value}")
-    return value
+    return _at_least(1, int(text))
 
 
 def non_negative_int(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must be from 0 on (and fit 64 bits), not {value}")
+    return _at_least(0, int(text))
+
+
+def _at_least(least: int, value: int) -> int:
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"must fit 64 bits, which {value} does not")
     return value
 
 

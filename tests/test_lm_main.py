@@ -434,7 +434,7 @@ def test_an_unfinished_epoch_is_resumed_with_its_own_batches(trained: tuple[Path
         ({"hidden": hidden[:1]}, (), "hidden state are not those of a LSTM"),
         ({"hidden": [torch.zeros(2, 3, 8)] * 2}, (), "hidden state are not those of a LSTM"),
         ({"hidden": [1, 2]}, (), "hidden state are not those of a LSTM"),
-        ({"sums": [1.0]}, (), "its step, sums or hidden state"),
+        ({"sums": [1.0]}, (), "sums are not rows of 2 numbers"),
         ({"step": 106}, (), "its step, sums or hidden state"),
     ):
         name = damage(folder / "model.checkpoint.pt", "part.pt", **{**middle, **changes})
