@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import os
 import urllib.error
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import patch_environment
 from torch import nn
 from torch.func import functional_call
 from torchvision import models
@@ -118,10 +118,10 @@ def _load_pretrained(model: nn.Module, spec: ModelSpec) -> None:
     choices = models.get_model_weights(spec.arch)
     # The original's pretrained=True means the first weights published.
     weights = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
-    # Torchvision's own loading knows the old names in some of its files; this makes it refuse code.
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        state = models.get_model(spec.arch, weights=weights).state_dict()
+        # Torchvision's own loading knows the old names in some of its files.
+        with patch_environment(torch_force_weights_only_load="1"):
+            state = models.get_model(spec.arch, weights=weights).state_dict()
     except (urllib.error.URLError, RuntimeError, OSError) as error:
         reason = getattr(error, "reason", None) or str(error).splitlines()[0]
         name = weights.url.rsplit("/", 1)[-1]
