@@ -34,7 +34,7 @@ import lm_model
 import runtime
 from lm_checkpoint import TrainingState
 from lm_model import LanguageModel, ModelSpec
-from metrics import Curves, LossSums
+from metrics import Curves, LossSums, refuse_overflow
 from runtime import UserError, derive_seed, non_negative_float, non_negative_int, positive_int
 
 EVAL_BATCH_SIZE = 10
@@ -380,11 +380,11 @@ def train_epoch(
                             file=sys.stdout,
                         )
                 if args.checkpoint_every and run.step % args.checkpoint_every == 0:
-                    refuse_overflow(model, run)
+                    refuse_overflow(model, run.sums, run.step)
                     save()
                 if args.dry_run:
                     break
-        refuse_overflow(model, run)
+        refuse_overflow(model, run.sums, run.step)
         total = run.sums.read()[1]
     except FloatingPointError as error:
         raise UserError(
@@ -393,17 +393,6 @@ def train_epoch(
         ) from error
     rows: int = min(run.step * args.bptt, len(data) - 1)
     return total / rows
-
-
-def refuse_overflow(model: nn.Module, run: TrainingState) -> None:
-    """Raise FloatingPointError before weights are saved that are not finite.
-
-    A step whose update overflows has itself still a finite loss.
-    """
-    if run.sums is not None:
-        run.sums.read()
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        raise FloatingPointError(run.step - 1)
 
 
 @torch.inference_mode()

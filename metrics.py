@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from tqdm import tqdm
 
 from runtime import UserError
@@ -148,6 +149,17 @@ class LossSums:
         """The sums of every process, for the checkpoint of an unfinished epoch."""
         rows: list[list[float]] = self.accelerator.gather(self.total[None]).tolist()
         return rows
+
+
+def refuse_overflow(model: nn.Module, sums: RunningSums | LossSums | None, steps: int) -> None:
+    """Raise FloatingPointError before weights are saved that are not finite after `steps` steps.
+
+    A step whose update overflows has itself still a finite loss.
+    """
+    if sums is not None:
+        sums.read()
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise FloatingPointError(steps - 1)
 
 
 class Meter:

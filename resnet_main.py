@@ -35,7 +35,7 @@ from image_cache import BadImageError, refuse_bad_images
 from image_checkpoint import TrainingState
 from image_data import ImageData, ImageLoader
 from image_model import ARCHITECTURES, DEFAULT_ARCH, DEFAULT_SIZE, DEFAULT_STEM, ModelSpec
-from metrics import Curves, Progress, RunningSums, Statistics, batch_sums
+from metrics import Curves, Progress, RunningSums, Statistics, batch_sums, refuse_overflow
 from runtime import UserError, derive_seed, non_negative_float, non_negative_int, positive_int
 
 # A validation batch is never larger, and never depends on the number of processes, so that
@@ -385,9 +385,9 @@ def train_epoch(
                 progress.display(step, *run.sums.read())
             due = args.checkpoint_every and run.step % args.checkpoint_every == 0
             if due and run.step < len(loader):  # the epoch's end has a checkpoint of its own
-                refuse_overflow(model, run)
+                refuse_overflow(model, run.sums, run.step)
                 save()
-        refuse_overflow(model, run)
+        refuse_overflow(model, run.sums, run.step)
         total = run.sums.read()[1]
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
@@ -402,17 +402,6 @@ def train_epoch(
             f"({args.lr}); checkpoints in {args.output_dir} are from before"
         ) from error
     return total, progress.rate()
-
-
-def refuse_overflow(model: nn.Module, run: TrainingState) -> None:
-    """Raise FloatingPointError before weights are saved that are not finite.
-
-    A step whose update overflows has itself still a finite loss.
-    """
-    if run.sums is not None:
-        run.sums.read()
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        raise FloatingPointError(run.step - 1)
 
 
 def share_buffers(accelerator: Accelerator, model: nn.Module) -> None:
