@@ -110,6 +110,25 @@ def sums(checkpoint: Mapping[str, Any], width: int, path: Path) -> list[list[flo
     return rows
 
 
+def load_state(
+    model: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str, path: Path
+) -> None:
+    """Load weights into `model`, which is `what`.
+
+    Raises:
+        UserError: when their names or shapes are not the model's; names the first that is not.
+    """
+    own = model.state_dict()
+    for name in {**own, **state}:
+        if name not in state or name not in own:
+            where = "lacks" if name not in state else "has a superfluous"
+            raise UserError(f"checkpoint {path}: {where} {name}: not {what}")
+        if state[name].shape != own[name].shape:
+            have, want = tuple(state[name].shape), tuple(own[name].shape)
+            raise UserError(f"checkpoint {path}: {name} has shape {have} instead of {want}")
+    model.load_state_dict(state)
+
+
 def load_optimizer(
     optimizer: torch.optim.Optimizer, checkpoint: Mapping[str, Any], path: Path
 ) -> None:

@@ -53,17 +53,14 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path, ar
     Raises:
         UserError: when its names or shapes are not those of the model.
     """
-    state, own = checkpoint["state_dict"], model.state_dict()
+    own = model.state_dict()
     # Auxiliary heads of googlenet and inception_v3, which the kit builds without.
-    state = {k: v for k, v in state.items() if k in own or not k.lower().startswith("aux")}
-    for name in (*own, *state):
-        if name not in state or name not in own:
-            where = "lacks" if name not in state else "has a superfluous"
-            raise UserError(f"checkpoint {path}: {where} {name}: not a {arch}; -a says what it is")
-        if state[name].shape != own[name].shape:
-            have, want = tuple(state[name].shape), tuple(own[name].shape)
-            raise UserError(f"checkpoint {path}: {name} has shape {have}, a {arch} needs {want}")
-    model.load_state_dict(state)
+    state = {
+        k: v
+        for k, v in checkpoint["state_dict"].items()
+        if k in own or not k.lower().startswith("aux")
+    }
+    checkpoints.load_state(model, state, f"a {arch}; -a says what it is", path)
 
 
 def refuse_other_classes(checkpoint: Mapping[str, Any], classes: list[str], path: Path) -> None:

@@ -107,15 +107,7 @@ def load_weights(
     """
     # A table of sines in the original's state dict.
     state = {k: v for k, v in checkpoint["state_dict"].items() if k != "pos_encoder.pe"}
-    own = model.state_dict()
-    for name in {**own, **state}:
-        if name not in state or name not in own:
-            where = "lacks" if name not in state else "has a superfluous"
-            raise UserError(f"checkpoint {path}: {where} {name}: not a {spec.model} of lm_main.py")
-        if state[name].shape != own[name].shape:
-            have, want = tuple(state[name].shape), tuple(own[name].shape)
-            raise UserError(f"checkpoint {path}: {name} has shape {have} instead of {want}")
-    model.load_state_dict(state)
+    checkpoints.load_state(model, state, f"a {spec.model} of lm_main.py", path)
 
 
 def restore_model(checkpoint: Mapping[str, Any], path: Path) -> tuple[LanguageModel, list[str]]:
