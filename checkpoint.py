@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import shutil
+import threading
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from files import whole_or_absent
 from runtime import UserError
 
+# Values in a checkpoint, where an ImageNet model has some thousands and a vocabulary of
+# WikiText-103 a quarter of a million: a small file can unfold into any number of them.
+MOST_VALUES = 10_000_000
 
-def save(checkpoint: Mapping[str, Any], path: Path, *copies: Path) -> None:
+
+def save(
+    checkpoint: Mapping[str, Any], path: Path, *copies: Path, previous: Path | None = None
+) -> None:
     """Write `checkpoint` to each of `copies` and then to `path`, each whole or not at all.
 
     `path` comes last: a run that is killed in between resumes from the older `path` and writes
     the copies again, with the same bits.
+
+    Args:
+        previous: keeps what was at `path`, which is there at every moment, too (where there are
+            no hard links, at nearly every one).
 
     Raises:
         UserError: when the disk is full or not writable; what was there before is still whole.
@@ -29,13 +45,122 @@ def save(checkpoint: Mapping[str, Any], path: Path, *copies: Path) -> None:
         with whole_or_absent(path) as temporary:
             torch.save(dict(checkpoint), temporary)
             for target in copies:
-                with whole_or_absent(target) as copy:
-                    shutil.copyfile(temporary, copy)
+                with whole_or_absent(target) as duplicate:
+                    shutil.copyfile(temporary, duplicate)
             target = path
+            if previous is not None:
+                previous.unlink(missing_ok=True)
+                try:
+                    previous.hardlink_to(path)
+                except OSError:  # a file system without them
+                    path.replace(previous)
     # torch.save reports a full disk as a RuntimeError of its zip writer.
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write {target} ({reason}); the one before it is kept") from error
+        raise UserError(
+            f"cannot write {target} ({reason}); the one before it is kept, and --resume auto "
+            "goes on from there once there is room"
+        ) from error
+
+
+def previous_of(latest: Path) -> Path:
+    """Where the checkpoint before the latest one is kept, in case that is damaged."""
+    return latest.with_name(f"{latest.stem}.previous{latest.suffix}")
+
+
+class Writer:
+    """Writes a run's checkpoints beside its training, and keeps the one before the latest.
+
+    A failure is raised by the next call of any method. Leaving the context waits.
+
+    Args:
+        resumed: the file that the run goes on from; another run's previous one is not kept.
+    """
+
+    def __init__(self, latest: Path, resumed: Path | None) -> None:
+        self.latest, self.previous = latest, previous_of(latest)
+        self.newest = resumed and resumed.resolve()
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def save(self, checkpoint: Mapping[str, Any], *copies: Path) -> None:
+        """Copy `checkpoint` in memory, which takes its time from training, and write it later."""
+        self.wait()
+        # Keeps tensors that share their memory together, as tied weights do.
+        snapshot = copy.deepcopy(dict(checkpoint))
+        self.thread = threading.Thread(target=self._write, args=(snapshot, copies))
+        self.thread.start()
+
+    def _write(self, checkpoint: Mapping[str, Any], copies: tuple[Path, ...]) -> None:
+        try:
+            is_ours = self.newest == self.latest.resolve() and self.latest.exists()
+            save(checkpoint, self.latest, *copies, previous=self.previous if is_ours else None)
+            if not is_ours and self.newest != self.previous.resolve():
+                self.previous.unlink(missing_ok=True)
+            self.newest = self.latest.resolve()
+        except Exception as error:
+            self.error = error
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk."""
+        if self.thread is not None:
+            self.thread.join()
+        self.check()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if self.thread is not None:
+            self.thread.join()
+        if error is None:
+            self.check()
+
+
+def find(asked: Path | None, latest: Path, accelerator: Accelerator) -> Path | None:
+    """What `--resume` means: the path asked for; for `auto` the newest whole checkpoint, or None.
+
+    Raises:
+        UserError: when there are checkpoints and all are damaged.
+    """
+    if asked is None or str(asked) != "auto":
+        return asked
+    # The main process decides, since the others may see an older state of a network disk.
+    answer: list[Path | UserError | None] = [None]
+    if accelerator.is_main_process:
+        answer = [_newest_whole(latest)]
+    broadcast_object_list(answer)
+    found = answer[0]
+    if isinstance(found, UserError):
+        raise found
+    if found is None:
+        accelerator.print(f"=> no checkpoint {latest}: starting afresh")
+    return found
+
+
+def _newest_whole(latest: Path) -> Path | UserError | None:
+    problems = []
+    for path in (latest, previous_of(latest)):
+        if path.exists():
+            try:
+                load(path)
+            except UserError as error:
+                problems.append(str(error))
+                print(f"=> {error}")
+            else:
+                return path
+    if not problems:
+        return None
+    return UserError(
+        f"{'; '.join(problems)}: no whole checkpoint is left; move what is there away to start "
+        "afresh"
+    )
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -45,13 +170,16 @@ def load(path: Path) -> dict[str, Any]:
     DistributedDataParallel and DataParallel put before them.
 
     Raises:
-        UserError: a file that is missing, cut, not a checkpoint, or that holds code.
+        UserError: a file that is missing, cut, damaged, not a checkpoint, that holds code, or
+            that would unfold into more than it holds.
     """
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "no such file"
         raise UserError(f"checkpoint {path}: {what}")
     try:
+        _verify_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_unfolding(content)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"checkpoint {path}: holds more than tensors and plain values, or is no checkpoint; "
@@ -60,7 +188,8 @@ def load(path: Path) -> dict[str, Any]:
         ) from error
     # A cut or damaged file fails in whichever layer meets the damage first, with its exception.
     except Exception as error:
-        reason = f": {error}".splitlines()[0] if isinstance(error, (OSError, RuntimeError)) else ""
+        spoken = isinstance(error, (OSError, RuntimeError, ValueError, zipfile.BadZipFile))
+        reason = f": {error}".splitlines()[0] if spoken else ""
         raise UserError(f"checkpoint {path}: damaged, cut, or no checkpoint{reason}") from error
     if isinstance(content, dict) and "state_dict" not in content:
         content = {"state_dict": content}
@@ -81,6 +210,39 @@ def load(path: Path) -> dict[str, Any]:
         k: v.item() if torch.is_tensor(v) and v.numel() == 1 else v for k, v in content.items()
     }
     return {**plain, "state_dict": state}
+
+
+def _verify_archive(path: Path) -> None:
+    """Raise for a damaged archive, whose checksums torch's own reader does not look at."""
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return  # torch before 1.6, or no checkpoint, as torch.load will say
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if compressed or sum(member.file_size for member in members) > path.stat().st_size:
+            raise ValueError("would unfold into more than its file's size")
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} in it is wrong")
+
+
+def _refuse_unfolding(content: object) -> None:
+    """Raise for values that take more memory than the file they came from."""
+    rest, count = [content], 0
+    while rest:
+        item = rest.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise ValueError("holds too many values")
+        if isinstance(item, torch.Tensor):
+            if item.layout != torch.strided or item.device.type != "cpu":
+                raise ValueError(f"holds a tensor that is {item.layout}, {item.device}")
+            if item.numel() * item.element_size() > item.untyped_storage().nbytes():
+                raise ValueError(f"holds a tensor {tuple(item.shape)} of fewer values")
+        elif isinstance(item, Mapping):
+            rest.extend(item.values())
+        elif isinstance(item, (list, tuple, set)):
+            rest.extend(item)
 
 
 def value(
@@ -116,7 +278,7 @@ def load_state(
     """Load weights into `model`, which is `what`.
 
     Raises:
-        UserError: when their names or shapes are not the model's; names the first that is not.
+        UserError: when names, shapes or types are not the model's; names the first that is not.
     """
     own = model.state_dict()
     for name in {**own, **state}:
@@ -126,6 +288,9 @@ def load_state(
         if state[name].shape != own[name].shape:
             have, want = tuple(state[name].shape), tuple(own[name].shape)
             raise UserError(f"checkpoint {path}: {name} has shape {have} instead of {want}")
+        if state[name].is_floating_point() != own[name].is_floating_point():
+            kinds = f"{state[name].dtype} instead of {own[name].dtype}"
+            raise UserError(f"checkpoint {path}: {name} is {kinds}")
     model.load_state_dict(state)
 
 

@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             results.append(predict(accelerator, prepared, data, rows, spec.image_size, args))
         except BadImageError as error:
-            refuse_bad_images(data.val.paths, args.workers)
+            refuse_bad_images(data.root, data.val.paths, args.workers)
             raise UserError(
                 "an image could not be read, but all can now: check the disk"
             ) from error

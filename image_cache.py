@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from files import whole_or_absent
-from runtime import UserError
+from runtime import UserError, leave_signals_to_parent
 
 SMALL = 128  # pixels a side; larger images are decoded by worker processes in every epoch
 PROBES = 64
@@ -82,14 +82,21 @@ class _Decoded(Dataset[tuple[torch.Tensor, str]]):
 
 
 def _decode(paths: Sequence[str], side: int, workers: int) -> DataLoader[tuple[torch.Tensor, str]]:
-    return DataLoader(_Decoded(paths, side), batch_size=BATCH, num_workers=workers)
+    return DataLoader(
+        _Decoded(paths, side),
+        batch_size=BATCH,
+        num_workers=workers,
+        worker_init_fn=leave_signals_to_parent,
+    )
 
 
-def refuse_bad_images(paths: Sequence[str], workers: int) -> NoReturn:
+def refuse_bad_images(root: Path, paths: Sequence[str], workers: int) -> NoReturn:
     """Raise one `UserError` for all the bad files of a dataset, one of which was met.
 
     Only decoding everything tells which others are bad: said in one go, not one a run.
     """
+    if not any(map(os.path.exists, paths[:: max(1, len(paths) // PROBES)])):
+        raise UserError(f"the images of {root} have gone: restore them, and --resume auto goes on")
     problems: list[str] = []
     with tqdm(total=len(paths), desc="looking for bad images", disable=None) as bar:
         for pixels, reasons in _decode(paths, 0, workers):

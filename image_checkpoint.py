@@ -17,6 +17,8 @@ from image_model import DEFAULT_ARCH, DEFAULT_SIZE, DEFAULT_STEM, STEMS, ModelSp
 from metrics import RunningSums
 from runtime import UserError
 
+LARGEST_SIZE = 4096  # pixels a side, of an image size that is not asked for by a flag
+
 # The original's defaults.
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "batch_size": 256}
 
@@ -42,7 +44,7 @@ def read_spec(
     head = next(reversed(checkpoint["state_dict"].values()))
     num_classes = head.shape[0] if head.dim() else 0
     size = checkpoints.value(checkpoint, "image_size", int, path) or DEFAULT_SIZE
-    if num_classes < 1 or size < 1:
+    if num_classes < 1 or not 1 <= size <= LARGEST_SIZE:
         raise UserError(f"checkpoint {path}: {num_classes} classes at {size} px: damaged")
     return ModelSpec(found_arch, found_stem, num_classes, size)
 
@@ -82,12 +84,12 @@ def settle(args: argparse.Namespace, checkpoint: dict[str, Any], accelerator: Ac
     Architecture and stem are the checkpoint's, and a flag that disagrees is named; the image size
     and `SETTINGS` are the flags', else the checkpoint's; else the defaults are taken.
     """
-    settings = _read_settings(checkpoint, Path(args.resume))
+    settings = _read_settings(checkpoint, args.resume)
     for name, default in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, settings.get(name, default))
     if checkpoint:
-        spec = read_spec(checkpoint, Path(args.resume), args.arch, args.stem)
+        spec = read_spec(checkpoint, args.resume, args.arch, args.stem)
         args.image_size = args.image_size or spec.image_size
         for key, value in {"arch": spec.arch, "stem": spec.stem}.items():
             asked = getattr(args, key)
@@ -153,7 +155,7 @@ def restore(
     Raises:
         UserError: damaged values, or a checkpoint within an epoch of other batches.
     """
-    path = Path(args.resume)
+    path: Path = args.resume
     epoch = checkpoints.value(checkpoint, "epoch", int, path)
     run = TrainingState(
         args.start_epoch if epoch is None else epoch,

@@ -25,7 +25,7 @@ import image_cache
 import image_sources
 from image_augment import Crops
 from image_cache import open_image
-from runtime import UserError, derive_seed
+from runtime import UserError, derive_seed, leave_signals_to_parent
 
 
 class Split(NamedTuple):
@@ -339,6 +339,7 @@ class ImageLoader:
             batch_sampler=self.sampler,
             collate_fn=_identity if decoded else torch.stack,  # type: ignore[arg-type]
             num_workers=0 if decoded else min(workers, os.cpu_count() or 1),
+            worker_init_fn=leave_signals_to_parent,
             persistent_workers=not decoded and workers > 0,
             pin_memory=self.device.type == "cuda",
         )

@@ -16,7 +16,7 @@ import checkpoint as checkpoints
 import lm_model
 from lm_model import MODELS, RECURRENT, Hidden, LanguageModel, ModelSpec
 from metrics import LossSums
-from runtime import UserError
+from runtime import Stopped, UserError
 
 RESAVE = (
     "python -c \"import torch, data; m = torch.load('model.pt', weights_only=False); torch.save("
@@ -144,6 +144,7 @@ class TrainingState:
         hidden: after `step`, of this process's columns.
         sums: losses of the epoch under way, None before its first step.
         carried: what `sums` starts from when a run is resumed within an epoch.
+        stopped: the Ctrl-C that ended training, after which the best model is still tested.
     """
 
     def __init__(self) -> None:
@@ -152,6 +153,7 @@ class TrainingState:
         self.hidden: Hidden = ()
         self.sums: LossSums | None = None
         self.carried: list[list[float]] | None = None
+        self.stopped: Stopped | None = None
 
 
 def restore(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +36,15 @@ import runtime
 from lm_checkpoint import TrainingState
 from lm_model import LanguageModel, ModelSpec
 from metrics import Curves, LossSums, refuse_overflow
-from runtime import UserError, derive_seed, non_negative_float, non_negative_int, positive_int
+from runtime import (
+    Preemption,
+    Stopped,
+    UserError,
+    derive_seed,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+)
 
 EVAL_BATCH_SIZE = 10
 RULE = 89  # characters of a line between epochs
@@ -94,7 +103,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="one step and one evaluation, to verify the setup")
     add("--use-optimizer", action="store_true", default=None, help="AdamW instead of plain SGD")
     # The original's end here; these are new.
-    add("--resume", type=Path, metavar="PATH", help="checkpoint to continue or to evaluate")
+    add("--resume", type=Path, metavar="PATH",
+        help="checkpoint to continue or to evaluate, or `auto` for the newest whole one beside "
+        "--save, if there is one")
     add("--evaluate", action="store_true",
         help="evaluate --resume, or else --save, on the validation and test texts and exit")
     add("--log-dir", type=Path, metavar="DIR", help="for TensorBoard (default: STEM.logs)")
@@ -106,6 +117,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     # fmt: on
     args = parser.parse_args(argv)
     args.log_dir = args.log_dir or args.save.with_name(f"{args.save.stem}.logs")
+    args.latest = args.save.with_name(f"{args.save.stem}.checkpoint.pt")
     if args.evaluate:
         args.resume = args.resume or args.save
     if args.dry_run:
@@ -116,10 +128,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     accelerator = runtime.build_accelerator()
+    preemption = Preemption(accelerator)
     accelerator.print(runtime.describe_run(accelerator))
     for flag in ("cuda", "accel"):
         if getattr(args, flag):
             accelerator.print(f"=> --{flag} changes nothing: devices are the launcher's business")
+    args.resume = checkpoints.find(args.resume, args.latest, accelerator)
     checkpoint = lm_checkpoint.load(args.resume) if args.resume else {}
     settle(args, checkpoint, accelerator)
     if args.batch_size % accelerator.num_processes:
@@ -154,20 +168,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.evaluate:
         model.to(accelerator.device)
         for name, data in (("valid", valid), ("test", test)):
-            loss = evaluate(accelerator, model, data, args.bptt)
+            loss = evaluate(accelerator, model, data, args.bptt, preemption.check)
             accelerator.print(f"| Evaluation | {summary(name, loss)}")
     else:
         if args.compile:
             model.compile()
-        run = fit(accelerator, model, spec, corpus, train, valid, checkpoint, args)
+        run = fit(accelerator, preemption, model, spec, corpus, train, valid, checkpoint, args)
         lm_checkpoint.take_best(accelerator, model, spec, run, args.save)
-        loss = evaluate(accelerator, model, test, args.bptt)
+        loss = evaluate(accelerator, model, test, args.bptt, lambda: None)
         accelerator.print("=" * RULE)
         accelerator.print(f"| End of training | {summary('test', loss)}")
         accelerator.print("=" * RULE)
     if args.onnx_export and accelerator.is_main_process:
         lm_model.export_onnx(model.cpu(), args.onnx_export, args.bptt)
         print(f"The model is also exported in ONNX format at {args.onnx_export.resolve()}.")
+    if not args.evaluate and run.stopped is not None:
+        raise run.stopped
     accelerator.end_training()
 
 
@@ -224,6 +240,7 @@ def check_outputs(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 def fit(
     accelerator: Accelerator,
+    preemption: Preemption,
     bare: LanguageModel,
     spec: ModelSpec,
     corpus: lm_data.Corpus,
@@ -232,8 +249,11 @@ def fit(
     checkpoint: dict[str, Any],
     args: argparse.Namespace,
 ) -> TrainingState:
-    """Train from `checkpoint`, or from the start when it is empty, to the last epoch or Ctrl-C."""
-    latest = args.save.with_name(f"{args.save.stem}.checkpoint.pt")
+    """Train from `checkpoint`, or from the start when it is empty, to the last epoch or Ctrl-C.
+
+    Raises:
+        Stopped: by another signal, once a checkpoint is on the disk.
+    """
     # The original's `p -= lr * grad`, or its AdamW, whose learning rate it never lowers.
     kind = torch.optim.AdamW if args.use_optimizer else torch.optim.SGD
     optimizer = kind(bare.parameters(), lr=args.lr)
@@ -241,14 +261,18 @@ def fit(
     share = args.batch_size // accelerator.num_processes
     columns = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     train = train[:, columns].contiguous().to(accelerator.device)
+    accelerator.print(
+        f"=> {args.batch_size} columns of {args.bptt} words a step, {share} columns a process; "
+        f"best model {args.save}, latest state {args.latest}, curves in {args.log_dir}"
+    )
     if checkpoint:
         steps = lm_data.segment_count(train, args.bptt)
         run = lm_checkpoint.restore(checkpoint, bare, optimizer, steps, args)
         run.hidden = tuple(h[:, columns].contiguous().to(accelerator.device) for h in run.hidden)
         accelerator.print(f"=> loaded {args.resume} (epoch {run.epoch}, step {run.step})")
-    elif latest.exists():
+    elif args.latest.exists():
         accelerator.print(
-            f"=> {latest} of an earlier run will be replaced at the first epoch's end; "
+            f"=> {args.latest} of an earlier run will be replaced at the first epoch's end; "
             "--resume would continue it"
         )
     model, optimizer = accelerator.prepare(bare, optimizer)
@@ -258,7 +282,7 @@ def fit(
         sums = run.sums.carry() if run.sums is not None else None
         hidden = [accelerator.gather(h.transpose(0, 1).contiguous()) for h in run.hidden]
         if accelerator.is_main_process:
-            checkpoints.save(
+            writer.save(
                 {
                     **spec._asdict(),
                     **{name: getattr(args, name) for name in SETTINGS},
@@ -273,54 +297,70 @@ def fit(
                     "state_dict": bare.state_dict(),
                     "optimizer": optimizer.state_dict(),
                 },
-                latest,
                 *copies,
             )
 
+    def end_of_step() -> None:
+        """Every process calls this, in training and validation: where a run can be stopped."""
+        writer.check()
+        try:
+            preemption.check()
+        except Stopped:
+            refuse_overflow(model, run.sums, run.step)
+            save()
+            writer.wait()
+            accelerator.wait_for_everyone()  # the first to leave has a launcher end the others
+            accelerator.print(f"=> epoch {run.epoch}, step {run.step}: saved to {args.latest}")
+            raise
+
     curves = Curves(accelerator, args.log_dir, first_epoch=run.epoch + 1)
     try:
-        while run.epoch < args.epochs:
-            started = time.time()
-            lr = args.lr / 4**run.annealed
-            rate = args.lr if args.use_optimizer else lr
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            train_loss = train_epoch(accelerator, model, optimizer, train, run, lr, save, args)
-            val_loss = evaluate(accelerator, bare, valid, args.bptt)
-            accelerator.print("-" * RULE)
-            accelerator.print(
-                f"| end of epoch {run.epoch + 1:3d} | time: {time.time() - started:5.2f}s | "
-                f"{summary('valid', val_loss)}"
-            )
-            accelerator.print("-" * RULE)
-            if not math.isfinite(val_loss):
-                raise UserError(
-                    f"the validation loss is not finite in epoch {run.epoch + 1}: lower --lr "
-                    f"({args.lr}); {latest} is from before"
+        with checkpoints.Writer(args.latest, args.resume) as writer, preemption.deferred():
+            while run.epoch < args.epochs:
+                started = time.time()
+                lr = args.lr / 4**run.annealed
+                rate = args.lr if args.use_optimizer else lr
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                train_loss = train_epoch(
+                    accelerator, model, optimizer, train, run, lr, save, end_of_step, args
                 )
-            # The point before the checkpoint: killed in between, the run draws it once more, and
-            # the later one replaces it.
-            curves.add(
-                run.epoch + 1,
-                {
-                    "Loss/train": train_loss,
-                    "Loss/val": val_loss,
-                    "Perplexity/val": perplexity(val_loss),
-                    "LR": rate,
-                },
-            )
-            is_best = not run.best_val_loss or val_loss < run.best_val_loss
-            if is_best:
-                run.best_val_loss = val_loss
-            else:
-                run.annealed += 1
-            run.epoch, run.step, run.hidden, run.sums = run.epoch + 1, 0, (), None
-            save(*([args.save] if is_best else []))
-    except KeyboardInterrupt:
-        if accelerator.num_processes > 1:  # the others are elsewhere: no evaluation together
+                val_loss = evaluate(accelerator, bare, valid, args.bptt, end_of_step)
+                accelerator.print("-" * RULE)
+                accelerator.print(
+                    f"| end of epoch {run.epoch + 1:3d} | time: {time.time() - started:5.2f}s | "
+                    f"{summary('valid', val_loss)}"
+                )
+                accelerator.print("-" * RULE)
+                if not math.isfinite(val_loss):
+                    raise UserError(
+                        f"the validation loss is not finite in epoch {run.epoch + 1}: lower --lr "
+                        f"({args.lr}); {args.latest} is from before"
+                    )
+                # The point before the checkpoint: killed in between, the run draws it once more,
+                # and the later one replaces it.
+                curves.add(
+                    run.epoch + 1,
+                    {
+                        "Loss/train": train_loss,
+                        "Loss/val": val_loss,
+                        "Perplexity/val": perplexity(val_loss),
+                        "LR": rate,
+                    },
+                )
+                is_best = not run.best_val_loss or val_loss < run.best_val_loss
+                if is_best:
+                    run.best_val_loss = val_loss
+                else:
+                    run.annealed += 1
+                run.epoch, run.step, run.hidden, run.sums = run.epoch + 1, 0, (), None
+                save(*([args.save] if is_best else []))
+    except Stopped as stopped:
+        if stopped.signum != signal.SIGINT:
             raise
-        print("-" * RULE)
-        print("Exiting from training early")
+        accelerator.print("-" * RULE)
+        accelerator.print("Exiting from training early")
+        run.stopped = stopped
     curves.close()
     return run
 
@@ -333,6 +373,7 @@ def train_epoch(
     run: TrainingState,
     lr: float,
     save: Callable[[], None],
+    end_of_step: Callable[[], None],
     args: argparse.Namespace,
 ) -> float:
     """Train the rest of epoch `run.epoch`; returns the mean loss of a word in the whole of it."""
@@ -382,6 +423,7 @@ def train_epoch(
                 if args.checkpoint_every and run.step % args.checkpoint_every == 0:
                     refuse_overflow(model, run.sums, run.step)
                     save()
+                end_of_step()
                 if args.dry_run:
                     break
         refuse_overflow(model, run.sums, run.step)
@@ -397,7 +439,11 @@ def train_epoch(
 
 @torch.inference_mode()
 def evaluate(
-    accelerator: Accelerator, model: LanguageModel, data: torch.Tensor, bptt: int
+    accelerator: Accelerator,
+    model: LanguageModel,
+    data: torch.Tensor,
+    bptt: int,
+    end_of_step: Callable[[], None],
 ) -> float:
     """Mean loss of a word, the same bits on any number of processes.
 
@@ -421,6 +467,7 @@ def evaluate(
                 features, hidden = model.features(tokens, hidden)
                 if mine:
                     losses[step] = lm_model.loss(features, model.decoder, targets)
+        end_of_step()
     # A sum with zeros, which has no rounding.
     losses = accelerator.reduce(losses, "sum").double().cpu()
     rows = torch.full_like(losses, bptt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -250,6 +251,12 @@ class Progress:
         tqdm.write("\t".join(entries), file=sys.stdout)
 
 
+def _refuse_to_repeat(problem: threading.ExceptHookArgs) -> None:
+    """A full disk is met by TensorBoard's own thread first, and then raised where it is used."""
+    if not isinstance(problem.exc_value, OSError):
+        threading.__excepthook__(problem)
+
+
 class Curves:
     """TensorBoard scalars of the main process, one point an epoch.
 
@@ -259,22 +266,31 @@ class Curves:
     """
 
     def __init__(self, accelerator: Accelerator, log_dir: Path, first_epoch: int) -> None:
-        self.writer = None
+        self.writer, self.log_dir = None, log_dir
         if accelerator.is_main_process:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0's alone
 
+            threading.excepthook = _refuse_to_repeat
             try:
                 self.writer = SummaryWriter(str(log_dir), purge_step=first_epoch)
             except OSError as error:
-                raise UserError(
-                    f"cannot write to {log_dir}: {error.strerror}; choose another with --log-dir"
-                ) from error
+                raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write to {self.log_dir}: {error.strerror or error}; choose another with "
+            "--log-dir"
+        )
 
     def add(self, epoch: int, scalars: dict[str, float]) -> None:
-        if self.writer is not None:
+        if self.writer is None:
+            return
+        try:
             for tag, scalar in scalars.items():
                 self.writer.add_scalar(tag, scalar, epoch)
             self.writer.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def close(self) -> None:
         if self.writer is not None:

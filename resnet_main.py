@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms import v2
 
 import checkpoint as checkpoints
@@ -36,7 +35,15 @@ from image_checkpoint import TrainingState
 from image_data import ImageData, ImageLoader
 from image_model import ARCHITECTURES, DEFAULT_ARCH, DEFAULT_SIZE, DEFAULT_STEM, ModelSpec
 from metrics import Curves, Progress, RunningSums, Statistics, batch_sums, refuse_overflow
-from runtime import UserError, derive_seed, non_negative_float, non_negative_int, positive_int
+from runtime import (
+    Preemption,
+    Stopped,
+    UserError,
+    derive_seed,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+)
 
 # A validation batch is never larger, and never depends on the number of processes, so that
 # neither do the bits of its result.
@@ -79,7 +86,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="weight decay (default: 1e-4)")
     add("-p", "--print-freq", default=10, type=positive_int, metavar="N",
         help="steps between two lines (default: %(default)s)")
-    add("--resume", default="", metavar="PATH", help="checkpoint to continue or to evaluate")
+    add("--resume", type=Path, metavar="PATH",
+        help="checkpoint to continue or to evaluate, or `auto` for the newest whole one of "
+        "--output-dir, if there is one")
     add("-e", "--evaluate", action="store_true", help="evaluate on the validation set and exit")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--seed", type=non_negative_int, help="makes a run repeatable (default: drawn, printed)")
@@ -124,7 +133,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    accelerator = runtime.build_accelerator()
+    accelerator = runtime.build_accelerator(deterministic=args.seed is not None)
+    preemption = Preemption(accelerator)
     accelerator.print(runtime.describe_run(accelerator))
     if args.sync_bn and accelerator.device.type == "cpu" and accelerator.num_processes > 1:
         raise UserError("--sync-bn works on GPUs only (torch has no SyncBatchNorm for the CPU)")
@@ -134,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         runtime.check_writable(args.output_dir, "--output-dir")
         runtime.check_writable(args.log_dir, "--log-dir")
 
-    checkpoint = checkpoints.load(Path(args.resume)) if args.resume else {}
+    args.resume = checkpoints.find(args.resume, args.output_dir / "checkpoint.pth", accelerator)
+    checkpoint = checkpoints.load(args.resume) if args.resume else {}
     image_checkpoint.settle(args, checkpoint, accelerator)
     if not args.evaluate and args.batch_size % accelerator.num_processes:
         raise UserError(
@@ -143,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     runtime.use_deterministic_kernels(args.seed is not None)
     if checkpoint and args.seed is None:
-        args.seed = checkpoints.value(checkpoint, "seed", int, Path(args.resume))
+        args.seed = checkpoints.value(checkpoint, "seed", int, args.resume)
     args.seed = runtime.agree_on_seed(accelerator, args.seed)
 
     if args.dummy:
@@ -169,8 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         + (f", stem {spec.stem}" if spec.stem else "")
     )
     if checkpoint:
-        image_checkpoint.refuse_other_classes(checkpoint, data.classes, Path(args.resume))
-        image_checkpoint.load_weights(model, checkpoint, Path(args.resume), spec.arch)
+        image_checkpoint.refuse_other_classes(checkpoint, data.classes, args.resume)
+        image_checkpoint.load_weights(model, checkpoint, args.resume, spec.arch)
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(memory_format=torch.channels_last)
@@ -180,23 +191,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.evaluate:
             model = accelerator.prepare_model(model, evaluation_mode=True)
             val_loader = evaluation_loader(accelerator, data, args)
-            accelerator.print(summary(evaluate(accelerator, model, val_loader, args)))
+            val = evaluate(accelerator, model, val_loader, preemption.check, args)
+            accelerator.print(summary(val))
         else:
-            fit(accelerator, model, spec, data, checkpoint, args)
+            fit(accelerator, preemption, model, spec, data, checkpoint, args)
     except BadImageError:
-        refuse_bad_images(data.train.paths + data.val.paths, args.workers)
+        refuse_bad_images(data.root, data.train.paths + data.val.paths, args.workers)
     accelerator.end_training()
 
 
 def fit(
     accelerator: Accelerator,
+    preemption: Preemption,
     model: nn.Module,
     spec: ModelSpec,
     data: ImageData,
     checkpoint: dict[str, Any],
     args: argparse.Namespace,
 ) -> None:
-    """Train from `checkpoint`, or from the start when it is empty, to the last epoch."""
+    """Train from `checkpoint`, or from the start when it is empty, to the last epoch.
+
+    Raises:
+        Stopped: by a signal, once a checkpoint is on the disk.
+    """
     latest, best = args.output_dir / "checkpoint.pth", args.output_dir / "model_best.pth"
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
@@ -213,6 +230,10 @@ def fit(
     )
     val_loader = evaluation_loader(accelerator, data, args)
     run = TrainingState(args.start_epoch)
+    accelerator.print(
+        f"=> {args.batch_size} images a step, {args.batch_size // accelerator.num_processes} a "
+        f"process; checkpoints in {args.output_dir}, curves in {args.log_dir}"
+    )
     if checkpoint:
         run = image_checkpoint.restore(
             checkpoint, optimizer, len(data.train), len(train_loader), args
@@ -237,14 +258,13 @@ def fit(
         group.update(
             lr=args.lr, initial_lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
         )
-    scheduler = LambdaLR(optimizer, learning_rate_factor(args), last_epoch=run.epoch - 1)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     def save(*copies: Path) -> None:
         """Every process calls this; the main one writes."""
         sums = run.sums.carry() if run.sums is not None else None
         if accelerator.is_main_process:
-            checkpoints.save(
+            writer.save(
                 {
                     **spec._asdict(),
                     "classes": data.classes,
@@ -257,45 +277,63 @@ def fit(
                     "best_acc1": run.best_acc1,
                     "state_dict": accelerator.unwrap_model(model).state_dict(),
                     "optimizer": optimizer.state_dict(),
-                    "scheduler": scheduler.state_dict(),
+                    "scheduler": {"last_epoch": run.epoch, "base_lrs": [args.lr]},
                 },
-                latest,
                 *copies,
             )
 
+    def end_of_step() -> None:
+        """Every process calls this, in training and validation: where a run can be stopped."""
+        writer.check()
+        try:
+            preemption.check()
+        except Stopped:
+            refuse_overflow(model, run.sums, run.step)
+            save()
+            writer.wait()
+            accelerator.wait_for_everyone()  # the first to leave has a launcher end the others
+            accelerator.print(f"=> epoch {run.epoch}, step {run.step}: saved to {latest}")
+            raise
+
     curves = Curves(accelerator, args.log_dir, first_epoch=run.epoch)
-    while run.epoch < args.epochs:
-        lr = optimizer.param_groups[0]["lr"]
-        train, rate = train_epoch(accelerator, model, optimizer, train_loader, run, save, args)
-        share_buffers(accelerator, model)
-        val = evaluate(accelerator, accelerator.unwrap_model(model), val_loader, args)
-        accelerator.print(summary(val))
-        if not math.isfinite(val.loss):
-            raise UserError(
-                f"the validation loss is not finite after epoch {run.epoch} (step "
-                f"{len(train_loader)}): lower --lr ({args.lr}); {latest} is from before"
+    has_best = best.exists()
+    with checkpoints.Writer(latest, args.resume) as writer, preemption.deferred():
+        while run.epoch < args.epochs:
+            lr = learning_rate(run.epoch, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            train, rate = train_epoch(
+                accelerator, model, optimizer, train_loader, run, save, end_of_step, args
             )
-        # The point before the checkpoint: killed in between, the run draws it once more, and
-        # the later one replaces it.
-        curves.add(
-            run.epoch,
-            {
-                "Loss/train": train.loss,
-                "Acc@1/train": train.acc1,
-                "Acc@5/train": train.acc5,
-                "Loss/val": val.loss,
-                "Acc@1/val": val.acc1,
-                "Acc@5/val": val.acc5,
-                "LR": lr,
-                "Throughput/train": rate,
-            },
-        )
-        scheduler.step()
-        # Resumed into another folder, the run has a best figure but not its file.
-        is_best = val.acc1 > run.best_acc1 or not best.exists()
-        run.best_acc1 = max(val.acc1, run.best_acc1)
-        run.epoch, run.step, run.sums = run.epoch + 1, 0, None
-        save(*([best] if is_best else []))
+            share_buffers(accelerator, model)
+            bare = accelerator.unwrap_model(model)
+            val = evaluate(accelerator, bare, val_loader, end_of_step, args)
+            accelerator.print(summary(val))
+            if not math.isfinite(val.loss):
+                raise UserError(
+                    f"the validation loss is not finite after epoch {run.epoch} (step "
+                    f"{len(train_loader)}): lower --lr ({args.lr}); {latest} is from before"
+                )
+            # The point before the checkpoint: killed in between, the run draws it once more, and
+            # the later one replaces it.
+            curves.add(
+                run.epoch,
+                {
+                    "Loss/train": train.loss,
+                    "Acc@1/train": train.acc1,
+                    "Acc@5/train": train.acc5,
+                    "Loss/val": val.loss,
+                    "Acc@1/val": val.acc1,
+                    "Acc@5/val": val.acc5,
+                    "LR": lr,
+                    "Throughput/train": rate,
+                },
+            )
+            # Resumed into another folder, the run has a best figure but not its file.
+            is_best = val.acc1 > run.best_acc1 or not has_best
+            run.best_acc1, has_best = max(val.acc1, run.best_acc1), True
+            run.epoch, run.step, run.sums = run.epoch + 1, 0, None
+            save(*([best] if is_best else []))
     curves.close()
     accelerator.print(
         f"=> best Acc@1 {run.best_acc1:.3f}: {best}\n=> curves: tensorboard --logdir {args.log_dir}"
@@ -325,18 +363,15 @@ def mixing(args: argparse.Namespace, num_classes: int) -> Callable[..., Any] | N
     return v2.RandomChoice(choices) if choices else None
 
 
-def learning_rate_factor(args: argparse.Namespace) -> Callable[[int], float]:
-    """Factor of --lr in an epoch: a pure function, so that resuming needs no scheduler state."""
-
-    def factor(epoch: int) -> float:
-        if epoch < args.warmup_epochs:
-            return float((epoch + 1) / (args.warmup_epochs + 1))
-        if args.lr_schedule == "step":
-            return float(0.1 ** (epoch // 30))
-        length = max(args.epochs - args.warmup_epochs, 1)
-        return 0.5 + 0.5 * math.cos(math.pi * min((epoch - args.warmup_epochs) / length, 1))
-
-    return factor
+def learning_rate(epoch: int, args: argparse.Namespace) -> float:
+    """A pure function of the epoch, so that resuming needs no scheduler's state."""
+    if epoch < args.warmup_epochs:
+        return float(args.lr * (epoch + 1) / (args.warmup_epochs + 1))
+    if args.lr_schedule == "step":
+        return float(args.lr * 0.1 ** (epoch // 30))
+    length = max(args.epochs - args.warmup_epochs, 1)
+    progress = min((epoch - args.warmup_epochs) / length, 1)
+    return float(args.lr * (0.5 + 0.5 * math.cos(math.pi * progress)))
 
 
 def train_epoch(
@@ -346,6 +381,7 @@ def train_epoch(
     loader: ImageLoader,
     run: TrainingState,
     save: Callable[[], None],
+    end_of_step: Callable[[], None],
     args: argparse.Namespace,
 ) -> tuple[Statistics, float]:
     """Train the rest of `run.epoch`; returns its statistics and images per second."""
@@ -387,6 +423,7 @@ def train_epoch(
             if due and run.step < len(loader):  # the epoch's end has a checkpoint of its own
                 refuse_overflow(model, run.sums, run.step)
                 save()
+            end_of_step()
         refuse_overflow(model, run.sums, run.step)
         total = run.sums.read()[1]
     except ValueError as error:
@@ -416,7 +453,11 @@ def share_buffers(accelerator: Accelerator, model: nn.Module) -> None:
 
 @torch.inference_mode()
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, loader: ImageLoader, args: argparse.Namespace
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: ImageLoader,
+    end_of_step: Callable[[], None],
+    args: argparse.Namespace,
 ) -> Statistics:
     """Statistics over the validation set, the same bits on any number of processes.
 
@@ -442,8 +483,10 @@ def evaluate(
         sums.update(rows[-1], step)
         if progress.tick(step) and step < len(loader) // accelerator.num_processes:
             progress.display(step, *sums.read(refuse_nan=False))
+        end_of_step()
     while len(rows) < rounds:  # a process without a batch in the last round
         rows.append(torch.zeros_like(sums.total))
+        end_of_step()
     # [processes, rounds, 4] to the order of the batches.
     gathered = accelerator.gather(torch.stack(rows)[None]).cpu()
     return Statistics.from_sums(gathered.transpose(0, 1).reshape(-1, 4).sum(0).tolist())

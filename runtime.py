@@ -1,23 +1,30 @@
-"""What a run stands on: errors meant for the user, the one Accelerator, and seeds.
+"""What a run stands on: errors meant for the user, the one Accelerator, signals, and seeds.
 
 Every script enters through `run_script` and builds its Accelerator with `build_accelerator`,
-so that what was asked of a launcher is compared with what it started in one place.
+so that what was asked of a launcher is compared with what it started in one place. A training
+that may be asked to stop holds a `Preemption`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import datetime
 import hashlib
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -30,6 +37,12 @@ from accelerate.utils import (
 WORLD_SIZE_VARIABLES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = os.EX_TEMPFAIL  # 75: stopped by a signal, to be resumed
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A launcher passes on what its processes may have had from the terminal or the scheduler
+# already: within so many seconds it is one request, and not the second that means "at once".
+SAME_REQUEST = 3.0
 
 
 class UserError(Exception):
@@ -66,50 +79,81 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+class Stopped(Exception):
+    """A signal, `signum`, asked the run to end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run `main` and leave the process; a `UserError` ends in one line and exit code 2.
 
-    Under a launcher all processes usually meet the same mistake. The first one to leave makes
-    the launcher end the others, so each waits its turn: rank 0 speaks, and a later rank only if
-    it is alone with its error.
+    Of several processes one speaks. Before they are joined, all usually meet the same mistake,
+    and the first to leave makes the launcher end the others: each waits its turn.
     """
     # A log file is read while it grows, and beside what goes to stderr.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    script = Path(sys.argv[0]).name
     try:
         main()
     except (UserError, torch.OutOfMemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             error = UserError("the GPU's memory is full: use a smaller --batch-size")
-        time.sleep(min(3 * get_int_from_env(["RANK"], 0), 30))
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        if not dist.is_initialized():
+            time.sleep(min(3 * get_int_from_env(["RANK"], 0), 30))
+        if _is_first_to_speak():
+            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
         leave(EXIT_USER_ERROR)
     except RuntimeError as error:
         # A process that lost its peers has nothing to add to what the first to fail has said.
-        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if not (lost and torch.distributed.is_initialized()):
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not (lost and dist.is_initialized()):
             raise
-        time.sleep(10)
-        reason = str(error).splitlines()[0]
-        print(f"{Path(sys.argv[0]).name}: lost the other processes: {reason}", file=sys.stderr)
+        if _is_first_to_speak():
+            print(
+                f"{script}: error: another process of the run has gone (killed, or its machine "
+                "lost): --resume auto goes on from the last checkpoint",
+                file=sys.stderr,
+            )
         leave(1)
+    except Stopped as stopped:
+        if get_int_from_env(["RANK"], 0) == 0:
+            print(f"=> {stopped}, exit code {EXIT_STOPPED}: --resume auto goes on")
+        leave(EXIT_STOPPED)
     except KeyboardInterrupt:
         leave(130)
 
 
+def _is_first_to_speak() -> bool:
+    """Whether no other process of the run has reported its end, as far as that can be known."""
+    if not dist.is_initialized():
+        return True
+    try:
+        return int(dist.distributed_c10d._get_default_store().add("ended", 1)) == 1
+    except RuntimeError:  # the store went with the process or the launcher that kept it
+        return True
+
+
 def leave(code: int) -> NoReturn:
-    """Exit at once: the ordinary way waits for process groups whose members may be gone."""
+    """Exit at once: the ordinary way waits for process groups and workers that may be gone."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if torch.distributed.is_initialized():
-        os._exit(code)
-    sys.exit(code)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
-def build_accelerator() -> Accelerator:
+def build_accelerator(deterministic: bool = True) -> Accelerator:
     """Build the Accelerator that runs exactly what was asked for, or raise `UserError`.
 
     Accelerate itself starts fewer processes than a YAML names (`MULTI_CPU`), or starts them
     unconnected (`MULTI_GPU` without GPUs), and says nothing.
+
+    Args:
+        deterministic: whether a resumed run on several GPUs has to sum gradients in the order
+            of an undisturbed one. On a CPU it always does.
     """
     asked = get_int_from_env(WORLD_SIZE_VARIABLES, 1)
     asked_here = get_int_from_env(["LOCAL_WORLD_SIZE"], asked)
@@ -138,8 +182,8 @@ def build_accelerator() -> Accelerator:
             # The others wait while a node's first process downloads or decodes.
             InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2)),
             # Otherwise DistributedDataParallel re-orders its buckets after a process's first
-            # step, and gloo's sums with them, so that a resumed run would end with other bits.
-            DistributedDataParallelKwargs(find_unused_parameters=cpu),
+            # step, and its sums with them, so that a resumed run would end with other bits.
+            DistributedDataParallelKwargs(find_unused_parameters=cpu or deterministic),
         ],
     )
     if accelerator.num_processes != asked:
@@ -150,15 +194,88 @@ def build_accelerator() -> Accelerator:
     return accelerator
 
 
+class Preemption:
+    """Lets SIGTERM, SIGINT and SIGUSR1 stop a training on all processes after the same step.
+
+    A signal raises `Stopped`: within `deferred()` at the next `check()`, elsewhere at once. A
+    second one ends the process on the spot. A launcher that dies takes its processes along in
+    the same way.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.signum, self.since, self.is_deferred = 0, 0.0, False
+        # Of its own, since the GPUs' group cannot tell without a synchronisation.
+        several = accelerator.num_processes > 1
+        self.group: Any = dist.new_group(backend="gloo") if several else None
+        self.pending: tuple[torch.Tensor, Any] | None = None
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, self._note)
+        launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+        if launched and sys.platform == "linux":
+            pr_set_pdeathsig = 1  # of linux/prctl.h
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum and time.monotonic() - self.since > SAME_REQUEST:
+            os.write(2, b"=> a second signal: stopped at once\n")
+            os._exit(128 + signum)
+        if not self.signum:
+            self.signum, self.since = signum, time.monotonic()
+            if not self.is_deferred:
+                raise Stopped(signum)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within it a signal waits for `check`."""
+        self.is_deferred = True
+        try:
+            yield
+            if self.pending is not None:
+                self.pending[1].wait()
+        finally:
+            self.is_deferred = False
+
+    def check(self) -> None:
+        """Raise `Stopped` when a signal has come to any process; all call it equally often.
+
+        What several processes know of each other is from the call before, so that none waits.
+        """
+        agreed = self.signum
+        if self.group is not None:
+            before = self.pending
+            # The highest number wins: SIGTERM over SIGUSR1 over SIGINT.
+            flag = torch.tensor([self.signum])
+            work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            self.pending = flag, work
+            agreed = 0
+            if before is not None:
+                before[1].wait()
+                agreed = int(before[0])
+        if agreed:
+            self.signum = agreed
+            raise Stopped(agreed)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """A DataLoader's `worker_init_fn`: a signal to the whole group is for the training alone."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    # By SIGTERM a parent that ends also clears away its workers, and waits for them: they go on
+    # as long as it may take to finish a step.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
 def describe_run(accelerator: Accelerator) -> str:
-    """One line for the log: processes, device, precision."""
+    """One line for the log: nodes, processes, device, precision."""
     processes = accelerator.num_processes
+    nodes = processes // get_int_from_env(["LOCAL_WORLD_SIZE"], processes)
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     threads = f" ({torch.get_num_threads()} threads each)" if device.type == "cpu" else ""
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     plural = "es" if processes > 1 else ""
-    return f"=> {processes} process{plural} on {name}{threads}, {precision}"
+    several = f"{nodes} nodes, " if nodes > 1 else ""
+    return f"=> {several}{processes} process{plural} on {name}{threads}, {precision}"
 
 
 def derive_seed(*parts: int | str) -> int:

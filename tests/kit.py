@@ -70,17 +70,38 @@ def _enter(argv: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path
             sys.stderr.flush()
 
 
-def launch(config: str, *args: object, cwd: Path, env: dict[str, str] | None = None) -> Result:
+class Launched:
     """`accelerate launch` with a YAML of the kit, as a user types it; a script and its flags."""
-    script, *flags = map(str, args)
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(KIT / "accelerate_configs" / config)]
-    command += ["--main_process_port", "0", str(KIT / script), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
+
+    def __init__(
+        self, config: str, *args: object, cwd: Path, env: dict[str, str] | None = None
+    ) -> None:
+        script, *flags = map(str, args)
+        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        command += ["--config_file", str(KIT / "accelerate_configs" / config)]
+        command += ["--main_process_port", "0", str(KIT / script), *flags]
+        self.process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, timeout: float = 280) -> Result:
+        out, err = self.process.communicate(timeout=timeout)
+        return Result(self.process.returncode, out, err)
+
+
+def children(pid: int | None) -> list[int]:
+    """The pids of a process's own: what a launcher launched, a DataLoader's workers."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def launch(config: str, *args: object, cwd: Path, env: dict[str, str] | None = None) -> Result:
+    return Launched(config, *args, cwd=cwd, env=env).finish()
 
 
 def error_line(result: Result) -> str:

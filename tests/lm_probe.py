@@ -13,5 +13,5 @@ corpus = lm_data.load(sys.argv[1])
 for path in map(Path, sys.argv[2:]):
     model, _ = lm_checkpoint.restore_model(lm_checkpoint.load(path), path)
     data = lm_data.batchify(corpus.valid, lm_main.EVAL_BATCH_SIZE, "valid")
-    loss = lm_main.evaluate(accelerator, model, data, bptt=6)
+    loss = lm_main.evaluate(accelerator, model, data, 6, lambda: None)
     accelerator.print(f"{accelerator.num_processes} processes, {path}: {loss!r}")

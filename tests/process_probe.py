@@ -28,7 +28,8 @@ def same() -> None:
             data = image_data.load(path, 32, seed=5, workers=1, download=False)
         options: dict[str, Any] = {"batch_size": 12, "image_size": 32, "seed": 5, "workers": 1}
         loader = image_data.ImageLoader(accelerator, data.train, train=True, **options)
-        for batch in loader.epoch(2):
+        # Whole, and as a run resumed after its first step has it.
+        for batch in (*loader.epoch(2), *loader.epoch(2, start=1)):
             indices = batch.indices.to(accelerator.device)
             parts = (indices, batch.weights, batch.images.contiguous())
             indices, weights, images = accelerator.gather(parts)
@@ -50,8 +51,11 @@ def train(accelerator: Accelerator, loader: image_data.ImageLoader) -> None:
     args = argparse.Namespace(
         seed=5, batch_size=12, print_freq=1, label_smoothing=0.1, checkpoint_every=0
     )
+
+    def no_op() -> None: ...
+
     statistics, _ = resnet_main.train_epoch(
-        accelerator, model, optimizer, loader, TrainingState(), lambda: None, args
+        accelerator, model, optimizer, loader, TrainingState(), no_op, no_op, args
     )
     accelerator.print("WEIGHTS", *statistics, *linear.weight.flatten()[::97].tolist())
 
@@ -60,8 +64,8 @@ def kill() -> None:
     epoch, step = int(sys.argv[2]), int(sys.argv[3])
     whole_save = checkpoint.save
 
-    def save(content: dict[str, Any], *paths: Any) -> None:
-        whole_save(content, *paths)
+    def save(content: dict[str, Any], *paths: Any, **options: Any) -> None:
+        whole_save(content, *paths, **options)
         if (content["epoch"], content["step"]) == (epoch, step):
             os._exit(9)
 

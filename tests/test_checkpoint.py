@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,108 @@ def test_cut_and_foreign_files_are_refused(tmp_path: Path) -> None:
         checkpoints.load(tmp_path / "none.pth")
     with pytest.raises(UserError, match="is a directory"):
         checkpoints.load(tmp_path)
+
+
+def test_every_flipped_bit_and_every_cut_is_found_or_harmless(tmp_path: Path) -> None:
+    """Harmless is a bit of a header that nobody reads."""
+    path = tmp_path / "a.pth"
+    state = {"weight": torch.arange(40.0), "bias": torch.ones(3)}
+    checkpoints.save({"epoch": 1, "state_dict": state}, path)
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    found = 0
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            loaded = checkpoints.load(path)
+        except UserError as error:
+            assert "a.pth: damaged" in str(error) or "could run code" in str(error)
+            found += 1
+        else:
+            assert loaded["epoch"] == 1
+            for name, tensor in state.items():
+                assert torch.equal(loaded["state_dict"][name], tensor), place
+    assert found > 0.2 * len(whole)  # the rest is padding that aligns the tensors
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"a\.pth: "):
+            checkpoints.load(path)
+
+
+def test_what_unfolds_into_more_than_its_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    nested: list[Any] = []
+    for _ in range(60):
+        nested = [nested, nested]
+    contents: list[tuple[dict[str, Any], str]] = [
+        ({"state_dict": {"a": torch.zeros(1).expand(10**9)}}, "of fewer values"),
+        ({"state_dict": {"a": torch.ones(2)}, "x": [torch.zeros(1).expand(9, 9)]}, "of fewer"),
+        ({"state_dict": {"a": torch.empty(10**6, 10**6, device="meta")}}, "meta"),
+        ({"state_dict": {"a": torch.eye(3).to_sparse()}}, "sparse"),
+        ({"state_dict": {"a": torch.ones(2)}, "classes": nested}, "too many values"),
+    ]
+    for content, message in contents:
+        torch.save(content, path)
+        with pytest.raises(UserError, match=message):
+            checkpoints.load(path)
+    checkpoints.save({"state_dict": {"a": torch.zeros(10**6)}}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    assert path.stat().st_size < 20_000
+    with pytest.raises(UserError, match="more than its file's size"):
+        checkpoints.load(path)
+
+
+def test_weights_of_another_type_are_refused() -> None:
+    model = torch.nn.Linear(2, 1)
+    state = {"weight": torch.ones(1, 2, dtype=torch.int64), "bias": torch.ones(1)}
+    with pytest.raises(UserError, match=r"weight is torch\.int64 instead of torch\.float32"):
+        checkpoints.load_state(model, state, "a line", Path("a"))
+
+
+def test_a_writer_keeps_the_one_before_but_not_another_runs(tmp_path: Path) -> None:
+    latest, previous = tmp_path / "a.pth", tmp_path / "a.previous.pth"
+
+    def epochs() -> list[int | None]:
+        return [checkpoints.load(p)["epoch"] if p.exists() else None for p in (latest, previous)]
+
+    def write(resumed: Path | None, *numbers: int) -> None:
+        with checkpoints.Writer(latest, resumed) as writer:
+            for number in numbers:
+                writer.save({**STATE, "epoch": number})
+
+    write(None, 1)
+    assert epochs() == [1, None]
+    write(latest, 2, 3)
+    assert epochs() == [3, 2]
+    write(previous, 4)  # the latest was damaged: it must not take the place of a whole one
+    assert epochs() == [4, 2]
+    write(None, 5)  # another run, whose first checkpoint replaces this one's
+    assert epochs() == [5, None]
+    write(tmp_path / "elsewhere.pth", 6, 7)
+    assert epochs() == [7, 6]
+
+
+def test_a_writer_saves_what_was_there_and_reports_a_failure(tmp_path: Path) -> None:
+    weight = torch.zeros(1000, 1000)
+    with checkpoints.Writer(tmp_path / "a.pth", None) as writer:
+        writer.save({"state_dict": {"weight": weight, "tied": weight}})
+        weight.add_(1)
+    loaded = checkpoints.load(tmp_path / "a.pth")["state_dict"]
+    assert loaded["weight"].sum() == 0
+    assert (tmp_path / "a.pth").stat().st_size < 1.5 * 4e6  # the tied one once
+    (tmp_path / "file").touch()
+    writer = checkpoints.Writer(tmp_path / "file" / "a.pth", None)
+    writer.save(STATE)
+    with pytest.raises(UserError, match="cannot write"):
+        writer.wait()
+    with pytest.raises(UserError, match="cannot write"):
+        writer.check()
 
 
 def test_a_disk_that_is_full_keeps_the_checkpoint_before(tmp_path: Path) -> None:

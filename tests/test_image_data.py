@@ -120,7 +120,7 @@ def test_bad_images_are_all_named_at_once(tmp_path: Path) -> None:
     Path(paths[17]).write_text("a web page")
     Path(paths[20]).unlink()
     Path(paths[20]).symlink_to("nowhere")
-    for attempt in (lambda: load(root), lambda: refuse_bad_images(paths, workers=0)):
+    for attempt in (lambda: load(root), lambda: refuse_bad_images(root, paths, workers=0)):
         with pytest.raises(UserError) as refusal:
             attempt()
         message = str(refusal.value)

@@ -1,0 +1,298 @@
+"""Runs that are stopped, killed or let down by their machine, and what is left of them."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from chaos import MEASURED, damage, differences, read, scalars
+from kit import (
+    Launched,
+    Result,
+    Running,
+    children,
+    error_line,
+    launch,
+    make_corpus,
+    make_dataset,
+    run,
+)
+
+STOPPED = 75
+TINY = ("--data", "set", "--emsize", 8, "--nhid", 8, "--batch_size", 4, "--bptt", 5)
+BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def same_bits(one: Path, other: Path, checkpoint: str, logs: str) -> None:
+    assert list(differences(read(one / checkpoint), read(other / checkpoint))) == []
+    curves = [{t: c for t, c in scalars(f / logs).items() if t != MEASURED} for f in (one, other)]
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize(
+    ("job", "signum", "env"),
+    [
+        ("resnet", signal.SIGUSR1, BF16),
+        ("RNN_TANH", signal.SIGTERM, {}),
+        ("GRU", signal.SIGINT, BF16),
+    ],
+)
+def test_a_signal_stops_and_the_same_command_resumes_to_the_same_bits(
+    job: str, signum: int, env: dict[str, str], tmp_path: Path
+) -> None:
+    """Large images: their worker processes get the signal too, as a scheduler sends it."""
+    if job == "resnet":
+        make_dataset(tmp_path / "set", "plain", train=12, side=160)
+        flags: list[object] = ["resnet_main.py", tmp_path / "set", "--image-size", 32, "-b", 8]
+        flags += ["-j", 1, "--stem", "stock", "--lr", 0.01, "--epochs", 2, "--seed", 1]
+        flags += ["--checkpoint-every", 2, "--output-dir", ".", "--resume", "auto"]
+        checkpoint, logs = "checkpoint.pth", "logs"
+    else:
+        make_corpus(tmp_path / "set", train=8000)
+        flags = ["lm_main.py", *TINY, "--data", tmp_path / "set", "--model", job, "--lr", 1]
+        flags += ["--epochs", 2, "--checkpoint-every", 7, "--resume", "auto"]
+        checkpoint, logs = "model.checkpoint.pt", "model.logs"
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    undisturbed = run(*map(str, flags), cwd=whole, env=env)
+    assert undisturbed.code == 0, undisturbed
+    assert f"=> no checkpoint {checkpoint}: starting afresh" in undisturbed.out
+
+    process = Running(*map(str, flags), cwd=stopped, env=env)
+    wait_for((stopped / checkpoint).exists)
+    time.sleep(random.Random(job).uniform(0, 0.2))
+    pid = process.process.pid
+    assert pid is not None
+    for target in (*children(pid), pid):
+        os.kill(target, signum)
+    result = process.finish()
+    assert result.code == STOPPED, result
+    assert result.err == ""
+    place = re.search(rf"=> epoch (\d), step (\d+): saved to {checkpoint}$", result.out, re.M)
+    assert place is not None
+    assert f"=> stopped by {signal.Signals(signum).name}, exit code 75: --resume auto" in result.out
+    assert ("End of training" in result.out) == (signum == signal.SIGINT)
+
+    resumed = run(*map(str, flags), cwd=stopped, env=env)
+    assert resumed.code == 0, resumed
+    assert re.search(rf"=> loaded .*\(epoch {place[1]}, step {place[2]}\)", resumed.out)
+    assert resumed.err == ""
+    same_bits(whole, stopped, checkpoint, logs)
+
+
+def test_four_processes_survive_their_launcher_and_end_with_a_lost_one(tmp_path: Path) -> None:
+    """Stopped by a signal that kills the launcher, then one rank killed, then run to the end."""
+    make_corpus(tmp_path / "set", train=4000)
+    flags = ["lm_main.py", *TINY, "--data", tmp_path / "set", "--epochs", 2, "--resume", "auto"]
+    flags += ["--checkpoint-every", 10]
+    whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
+    whole.mkdir()
+    disturbed.mkdir()
+    assert launch("cpu4.yaml", *flags, cwd=whole, env=BF16).code == 0
+    latest = disturbed / "model.checkpoint.pt"
+
+    launched = Launched("cpu4.yaml", *flags, cwd=disturbed, env=BF16)
+    wait_for(latest.exists)
+    ranks = children(launched.process.pid)
+    assert len(ranks) == 4
+    launched.process.send_signal(signal.SIGUSR1)
+    stopped = launched.finish()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
+    assert "saved to model.checkpoint.pt\n=> stopped by SIGTERM, exit code 75" in stopped.out
+
+    before = latest.stat().st_mtime_ns
+    launched = Launched("cpu4.yaml", *flags, cwd=disturbed, env=BF16)
+    wait_for(lambda: latest.stat().st_mtime_ns != before)
+    started = time.monotonic()
+    os.kill(children(launched.process.pid)[2], signal.SIGKILL)
+    lost = launched.finish()
+    assert time.monotonic() - started < 60
+    lines = [line for line in lost.err.splitlines() if "lm_main.py: error:" in line]
+    assert len(lines) == 1, lost.err
+    assert "another process of the run has gone" in lines[0]
+    assert "Traceback" not in lost.err.split("lm_main.py: error:")[0]
+
+    assert launch("cpu4.yaml", *flags, cwd=disturbed, env=BF16).code == 0
+    same_bits(whole, disturbed, "model.checkpoint.pt", "model.logs")
+
+
+def test_another_number_of_processes_goes_on_with_the_same_order(tmp_path: Path) -> None:
+    """Without dropout, so that the losses depend on the order alone."""
+    make_corpus(tmp_path / "set", train=4000)
+    flags: list[object] = [*TINY, "--dropout", 0, "--lr", 2, "--epochs", 1]
+    flags += ["--checkpoint-every", 7, "--resume", "auto"]
+    assert run("lm_main.py", *flags, "--save", "whole.pt", cwd=tmp_path).code == 0
+    process = Running("lm_main.py", *flags, cwd=tmp_path, env={})
+    wait_for((tmp_path / "model.checkpoint.pt").exists)
+    assert process.process.pid is not None
+    os.kill(process.process.pid, signal.SIGTERM)
+    assert process.finish().code == STOPPED
+    resumed = launch("cpu4.yaml", "lm_main.py", *flags, cwd=tmp_path)
+    assert resumed.code == 0, resumed
+    assert re.search(r"=> loaded model.checkpoint.pt \(epoch 0, step [1-9]", resumed.out)
+    curves = [scalars(tmp_path / f"{name}.logs") for name in ("whole", "model")]
+    for tag, points in curves[0].items():
+        assert [value for _, value in curves[1][tag]] == pytest.approx(
+            [v for _, v in points], rel=1e-4
+        )
+
+
+def test_a_run_stopped_in_validation_does_not_train_its_epoch_again(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "set", train=400, valid=40_000)
+    flags = [*TINY, "--epochs", 1, "--checkpoint-every", 19, "--resume", "auto"]
+    assert run("lm_main.py", *flags, "--save", "whole.pt", cwd=tmp_path).code == 0
+    process = Running("lm_main.py", *flags, cwd=tmp_path, env={})
+    wait_for((tmp_path / "model.checkpoint.pt").exists)
+    time.sleep(0.1)
+    assert process.process.pid is not None
+    os.kill(process.process.pid, signal.SIGTERM)
+    stopped = process.finish()
+    assert "=> epoch 0, step 21: saved to model.checkpoint.pt" in stopped.out
+    resumed = run("lm_main.py", *flags, cwd=tmp_path)
+    assert resumed.code == 0
+    assert resumed.err == ""
+    for name in ("whole", "model"):
+        shutil.move(tmp_path / f"{name}.checkpoint.pt", tmp_path / name)
+    assert list(differences(read(tmp_path / "whole"), read(tmp_path / "model"))) == []
+    assert scalars(tmp_path / "whole.logs") == scalars(tmp_path / "model.logs")
+
+
+WAITING = """
+import sys, time
+import runtime
+
+def main():
+    runtime.SAME_REQUEST = 0.5
+    preemption = runtime.Preemption(runtime.build_accelerator())
+    print("ready", flush=True)
+    if sys.argv[1] == "deferred":
+        with preemption.deferred():
+            time.sleep(60)
+    time.sleep(60)
+
+runtime.run_script(main)
+"""
+
+
+def test_a_signal_outside_training_stops_at_once_and_a_second_within_it(tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text(WAITING)
+
+    def signalled(how: str, pauses: list[float]) -> Result:
+        process = Running(str(tmp_path / "waiting.py"), how, cwd=tmp_path, env={})
+        wait_for(lambda: "ready" in (tmp_path / ".stdout").read_text())
+        assert process.process.pid is not None
+        for pause in pauses:
+            time.sleep(pause)
+            os.kill(process.process.pid, signal.SIGTERM)
+        return process.finish()
+
+    (tmp_path / ".stdout").touch()
+    outside = signalled("not", [0])
+    assert outside.code == STOPPED
+    assert "=> stopped by SIGTERM, exit code 75" in outside.out
+    (tmp_path / ".stdout").write_text("")
+    within = signalled("deferred", [0, 0.1, 0.8])
+    assert within.code == 128 + signal.SIGTERM
+    assert within.err == "=> a second signal: stopped at once\n"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for little."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_checkpoint(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    make_corpus(tmp_path / "set", train=8000)
+    flags = [*TINY, "--save", "disk/model.pt", "--log-dir", "logs", "--resume", "auto"]
+    flags += ["--checkpoint-every", 10]
+    process = Running("lm_main.py", *flags, "--epochs", 3, cwd=tmp_path, env={})
+    latest = small_disk / "model.checkpoint.pt"
+    wait_for(latest.exists)
+    (small_disk / "another").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    line = error_line(process.finish())
+    assert "cannot write disk/model.checkpoint.pt (" in line
+    assert "the one before it is kept" in line
+    step = read(latest)["step"]
+    (small_disk / "another").unlink()
+    resumed = run("lm_main.py", *flags, "--epochs", 1, cwd=tmp_path)
+    assert resumed.code == 0, resumed
+    assert f"(epoch 0, step {step})" in resumed.out
+
+
+def test_a_log_directory_that_fills_up_ends_the_run_in_one_line(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    make_corpus(tmp_path / "set")
+    process = Running("lm_main.py", *TINY, "--log-dir", "disk", cwd=tmp_path, env={})
+    wait_for(lambda: list(small_disk.glob("events*")))
+    (small_disk / "another").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    line = error_line(process.finish())
+    assert "cannot write to disk: No space left on device; choose another with --log-dir" in line
+    assert read(tmp_path / "model.checkpoint.pt")["epoch"] >= 1
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "set")
+    flags = [*TINY, "--resume", "auto"]
+    assert run("lm_main.py", *flags, "--save", "whole.pt", "--epochs", 3, cwd=tmp_path).code == 0
+    assert run("lm_main.py", *flags, "--epochs", 2, cwd=tmp_path).code == 0
+    latest, previous = (tmp_path / f"model.checkpoint{x}.pt" for x in ("", ".previous"))
+    damage(latest, random.Random(3))
+    resumed = run("lm_main.py", *flags, "--epochs", 3, cwd=tmp_path)
+    assert resumed.code == 0, resumed
+    assert "=> checkpoint model.checkpoint.pt: damaged, cut, or no checkpoint" in resumed.out
+    assert "=> loaded model.checkpoint.previous.pt (epoch 1, step 0)" in resumed.out
+    for name in ("whole", "model"):
+        shutil.copy(tmp_path / f"{name}.checkpoint.pt", tmp_path / name)
+    assert list(differences(read(tmp_path / "whole"), read(tmp_path / "model"))) == []
+
+    contents = []
+    for path in (latest, previous):
+        damage(path, random.Random(4))
+        contents.append(path.read_bytes())
+    line = error_line(run("lm_main.py", *flags, "--epochs", 4, cwd=tmp_path))
+    assert "model.checkpoint.pt" in line and "model.checkpoint.previous.pt" in line
+    assert "no whole checkpoint is left" in line
+    assert contents == [path.read_bytes() for path in (latest, previous)]
+
+
+@pytest.mark.parametrize("side", [64, 160])
+def test_a_dataset_that_vanishes(side: int, tmp_path: Path) -> None:
+    """Small images stay mapped to the end; large ones are missed in one line."""
+    make_dataset(tmp_path / "set", "plain", train=30, side=side)
+    flags = ["set", "--image-size", 32, "-b", 8, "-j", 1, "--stem", "stock", "--lr", 0.01]
+    flags += ["--epochs", 2, "--checkpoint-every", 1]
+    process = Running("resnet_main.py", *flags, cwd=tmp_path, env={})
+    wait_for((tmp_path / "output" / "resnet" / "checkpoint.pth").exists)
+    (tmp_path / "set").rename(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone")
+    result = process.finish()
+    if side == 64:
+        assert result.code == 0, result
+    else:
+        line = error_line(result)
+        assert "the images of set have gone: restore them, and --resume auto goes on" in line
+    assert read(tmp_path / "output" / "resnet" / "checkpoint.pth")["step"] >= 0
