@@ -111,10 +111,12 @@ class Training:
             command += ["--mixed_precision", args.precision]
         command += [str(KIT / script), *flags, *args.flags]
         command += ["--epochs", str(epochs), "--resume", "auto"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1" if args.processes > 1 else "2"}
-        if args.processes == 1:
-            environment |= {"ACCELERATE_MIXED_PRECISION": args.precision}
-            environment |= {"ACCELERATE_USE_CPU": "true"}
+        environment = dict(os.environ)
+        if args.processes > 1:
+            environment["OMP_NUM_THREADS"] = "1"
+        else:
+            environment["ACCELERATE_MIXED_PRECISION"] = args.precision
+            environment["ACCELERATE_USE_CPU"] = "true"
         self.folder, self.job, self.script = folder, job, script
         self.log = folder.with_suffix(".log")
         with self.log.open("w") as output:
