@@ -31,6 +31,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 KIT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(KIT))
+
+import checkpoint as checkpoints  # noqa: E402
+from runtime import UserError  # noqa: E402
+
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MOMENTS = ("starting", "training", "training", "writing", "writing")
 STOPPED = 75
@@ -94,6 +99,17 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def read(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = torch.load(path, weights_only=True)
     return content
+
+
+def newest(*paths: Path) -> tuple[int, int]:
+    """Epoch and step of the first file that is whole, as the next start will find it."""
+    for path in paths:
+        try:
+            content = checkpoints.load(path)
+        except UserError:
+            continue
+        return content["epoch"], content["step"]
+    return 0, 0
 
 
 class Training:
@@ -224,17 +240,17 @@ def main() -> None:
         for number in range(args.kills):
             names = kill_once(args, killed, rng)
             counts.update(names)
-            where = ""
-            if latest.exists():
-                content = read(latest)
-                where = f"epoch {content['epoch']}, step {content['step']}"
+            epoch, step = newest(latest, previous)
             damaged = previous.exists() and latest.exists() and rng.random() < 0.2
             if damaged:
                 damage(latest, rng)
                 counts["damaged"] += 1
-            print(f"{number + 1:3d}: {' '.join(names)}; {where}{'; damaged' * damaged}", flush=True)
-        path = latest if latest.exists() and not damaged else previous
-        epochs = read(path)["epoch"] + 2
+            print(
+                f"{number + 1:3d}: {' '.join(names)}; epoch {epoch}, step {step}"
+                + "; damaged" * damaged,
+                flush=True,
+            )
+        epochs = newest(latest, previous)[0] + 2
         run_to_end(args, killed, epochs)
         run_to_end(args, whole, epochs)
 
