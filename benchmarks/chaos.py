@@ -192,6 +192,9 @@ def kill_once(args: argparse.Namespace, folder: Path, rng: random.Random) -> tup
     """Start, kill, and wait for the end; returns the signal, the moment and the target."""
     training = Training(args, folder, epochs=10**6)
     moment, signum = rng.choice(MOMENTS), rng.choice(SIGNALS)
+    if (moment, signum) == ("starting", signal.SIGINT):
+        # While Python imports, this is its own KeyboardInterrupt, which some module may swallow.
+        signum = signal.SIGTERM
     if not training.wait_for(moment, rng):
         sys.exit(f"the training ended by itself:\n{training.text()}")
     victims, target = [training.process.pid], "the process"
