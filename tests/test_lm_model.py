@@ -163,3 +163,31 @@ def test_the_exported_graph_computes_what_the_model_does(model: str, tmp_path: P
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [3, 140, 301])
+def test_the_loss_of_bf16_is_autocasts_with_gradients_as_good(count: int) -> None:
+    """Against float32: it may be no further from it than an autocast linear layer is."""
+    torch.manual_seed(0)
+    decoder = nn.Linear(16, 500)
+    features = torch.randn(count, 1, 16, requires_grad=True)
+    targets = torch.randint(500, (count,))
+
+    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(3 * loss, [features, decoder.weight, decoder.bias]))
+
+    exact = lm_model.loss(features, decoder, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = lm_model.loss(features, decoder, targets)
+        with torch.no_grad():
+            assert lm_model.loss(features, decoder, targets) == ours
+        plain = F.cross_entropy(decoder(features).flatten(0, 1).float(), targets)
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(exact.item(), rel=1e-3)
+    rows = zip(*map(gradients, (exact, ours, plain)), strict=True)
+    for right, mine, autocasts in rows:
+        assert (mine - right).norm() <= 1.1 * (autocasts - right).norm()
+    # Logits beyond float32's exp, and one that is not a number.
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lm_model.loss(1000 * features, decoder, targets).isfinite()
+        assert lm_model.loss(math.nan * features, decoder, targets).isnan()
