@@ -1,5 +1,6 @@
 # make demo    train and evaluate on built-in data, from nothing to a checkpoint
-# make test    the whole test suite
+# make test    the test suite
+# make test-cluster    the batch scripts, submitted to a SLURM that is started for it
 # make lint    ruff and mypy
 # make venv    the environment alone; VENV=/elsewhere places it
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := output/demo
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test test-cluster lint venv clean
 
 venv: $(VENV)/.run
 $(VENV)/.run: requirements.txt constraints.txt
@@ -33,6 +34,14 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# Debian keeps daemons in a folder that is not everyone's PATH. Only installing them takes root.
+test-cluster: export PATH := $(PATH):/usr/sbin
+test-cluster: $(VENV)/.dev
+	@command -v slurmctld > /dev/null && command -v munged > /dev/null || \
+	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq slurm-wlm munge; } || \
+	  { echo "make test-cluster needs SLURM: as root, apt install slurm-wlm munge" >&2; exit 2; }
+	$(BIN)/python -m pytest -m cluster
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

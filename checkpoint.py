@@ -123,11 +123,13 @@ class Writer:
             self.check()
 
 
-def find(asked: Path | None, latest: Path, accelerator: Accelerator) -> Path | None:
+def find(
+    asked: Path | None, latest: Path, accelerator: Accelerator, *, needed: bool
+) -> Path | None:
     """What `--resume` means: the path asked for; for `auto` the newest whole checkpoint, or None.
 
     Raises:
-        UserError: when there are checkpoints and all are damaged.
+        UserError: when there are checkpoints and all are damaged, or none is there and `needed`.
     """
     if asked is None or str(asked) != "auto":
         return asked
@@ -139,6 +141,8 @@ def find(asked: Path | None, latest: Path, accelerator: Accelerator) -> Path | N
     found = answer[0]
     if isinstance(found, UserError):
         raise found
+    if found is None and needed:
+        raise UserError(f"no checkpoint {latest} to evaluate: name one with --resume")
     if found is None:
         accelerator.print(f"=> no checkpoint {latest}: starting afresh")
     return found

@@ -144,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         runtime.check_writable(args.output_dir, "--output-dir")
         runtime.check_writable(args.log_dir, "--log-dir")
 
-    args.resume = checkpoints.find(args.resume, args.output_dir / "checkpoint.pth", accelerator)
+    latest = args.output_dir / "checkpoint.pth"
+    args.resume = checkpoints.find(args.resume, latest, accelerator, needed=args.evaluate)
     checkpoint = checkpoints.load(args.resume) if args.resume else {}
     image_checkpoint.settle(args, checkpoint, accelerator)
     if not args.evaluate and args.batch_size % accelerator.num_processes:

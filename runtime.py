@@ -105,6 +105,8 @@ def run_script(main: Callable[[], None]) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             error = UserError("the GPU's memory is full: use a smaller --batch-size")
         if not dist.is_initialized():
+            # Not kept from ending here by a parent that ignored it for the start.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(min(3 * get_int_from_env(["RANK"], 0), 30))
         if _is_first_to_speak():
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
@@ -148,6 +150,13 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+class _Accelerator(Accelerator):  # type: ignore[misc]  # untyped
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the main process, where Accelerate does so on the first of every node."""
+        if self.is_main_process:
+            print(*args, **kwargs)
+
+
 def build_accelerator(deterministic: bool = True) -> Accelerator:
     """Build the Accelerator that runs exactly what was asked for, or raise `UserError`.
 
@@ -179,7 +188,7 @@ def build_accelerator(deterministic: bool = True) -> Accelerator:
             "cpu4.yaml, or with a YAML whose num_processes is the number of GPUs"
         )
     cpu = wants_cpu or devices == 0
-    accelerator = Accelerator(
+    accelerator = _Accelerator(
         cpu=cpu,
         kwargs_handlers=[
             # The others wait while a node's first process downloads or decodes.

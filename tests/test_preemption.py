@@ -296,3 +296,9 @@ def test_a_dataset_that_vanishes(side: int, tmp_path: Path) -> None:
         line = error_line(result)
         assert "the images of set have gone: restore them, and --resume auto goes on" in line
     assert read(tmp_path / "output" / "resnet" / "checkpoint.pth")["step"] >= 0
+
+
+@pytest.mark.parametrize("script", ["resnet_main.py", "lm_main.py"])
+def test_an_evaluation_never_starts_afresh(script: str, tmp_path: Path) -> None:
+    line = error_line(run(script, "--evaluate", "--resume", "auto", cwd=tmp_path))
+    assert re.search(r"no checkpoint \S+checkpoint\.pth? to evaluate: name one", line)

@@ -1,0 +1,52 @@
+#!/bin/bash
+# Trains in a container, on as many GPUs as it sees, or on its CPU. As the container's command:
+#   bash /code/cluster/container.sh resnet_main.py -a resnet50 --epochs 90
+#   DATA=sample bash /code/cluster/container.sh lm_main.py --model Transformer --lr 5
+# A container that is stopped checkpoints; one that is started with the same OUTPUT goes on.
+CODE=${CODE:-/code}
+DATA=${DATA:-/data}       # the dataset, maybe read-only; empty: the script's own, downloaded
+OUTPUT=${OUTPUT:-/output} # all that is written, downloads and caches too
+
+[ "$DATA" = sample ] || [ -n "$(ls -A "$DATA" 2> /dev/null)" ] || DATA=
+script=${1:-}
+case $script in
+  resnet_main.py) places=(${DATA:+"$DATA"} --output-dir "$OUTPUT") ;;
+  lm_main.py) places=(${DATA:+--data "$DATA"} --save "$OUTPUT/model.pt") ;;
+  *) echo "container.sh: error: give resnet_main.py or lm_main.py, and its flags" >&2 && exit 2 ;;
+esac
+shift
+
+export TMPDIR=$OUTPUT/tmp XDG_CACHE_HOME=$OUTPUT/cache PYTHONDONTWRITEBYTECODE=1
+# Into it, because the scripts download to a folder of the working directory.
+mkdir -p "$OUTPUT/logs" "$TMPDIR" && cd "$OUTPUT" || exit 2
+
+gpus=$(python -c "import torch; print(torch.cuda.device_count())") || exit
+case $gpus in
+  0) config=cpu.yaml processes=1 ;;
+  1) config=gpu1.yaml processes=1 ;;
+  *) config=gpu4.yaml processes=$gpus ;;
+esac
+exec 3> >(exec tee -a "$OUTPUT/logs/${script%.py}.log")
+log=$!
+accelerate launch --config_file "$CODE/accelerate_configs/$config" --num_processes "$processes" \
+  --main_process_port 0 "$CODE/$script" --resume auto --log-dir "$OUTPUT/logs" \
+  "${places[@]}" "$@" >&3 2>&1 3>&- &
+launcher=$!
+exec 3>&-
+
+# Stopping a container signals its first process alone, this shell; the launcher passes it on.
+trap 'kill -TERM "$launcher" 2> /dev/null' TERM INT USR1
+until_end() { # for a signal, too, `wait` returns
+  wait "$1"
+  code=$?
+  while kill -0 "$1" 2> /dev/null; do
+    wait "$1"
+    code=$?
+  done
+}
+until_end "$launcher"
+result=$code
+# The container dies with this shell, and the training may outlive its launcher until its checkpoint
+# is on the disk: so long it holds the log open.
+until_end "$log"
+exit $result

@@ -1,0 +1,39 @@
+#!/bin/bash
+# One process of a SLURM job: srun starts it, for the *.sbatch files beside this one.
+#   srun cluster/slurm_task.sh resnet_main.py -a resnet50
+# No launcher stands in between: it would turn "stopped, resume me" (75) into a failure, and would die
+# of the warning before the time limit.
+
+# A signal while Python starts must not end the process, which would look like a failure: there is
+# nothing to save yet, and SLURM asks again, or ends the job and queues it by itself. The scripts
+# answer both once they can.
+trap '' USR1 TERM
+
+if [ "$SLURM_NTASKS" -gt 1 ]; then
+  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
+  export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+  # Of the node of the batch script's srun, the allocation's first, where rank 0 is. An address, so
+  # that no node's name has to be resolved.
+  export MASTER_ADDR=$SLURM_LAUNCH_NODE_IPADDR
+  # Jobs that share a node differ in their number, and Linux gives these ports to nobody unasked.
+  export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
+
+script=$1
+shift
+python "$script" --resume auto "$@" # a --resume among the arguments comes later, and wins
+code=$?
+[ $code -eq 75 ] || exit $code
+
+# All have stopped together. The main process, which wrote the checkpoint, speaks for them.
+[ "$SLURM_PROCID" -eq 0 ] || exit 0
+case " $*" in *" --resume"*)
+  echo "Not queued again: it would begin from the --resume of its command line once more." >&2
+  exit $code
+esac
+# Not a job that its user has cancelled, nor a preempted one, which SLURM itself queues again.
+case $(squeue --noheader --jobs "$SLURM_JOB_ID" --format "%T %r") in
+  RUNNING* | *TimeLimit) scontrol requeue "$SLURM_JOB_ID" && exit 0 ;;
+esac
+exit $code
