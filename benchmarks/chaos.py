@@ -221,14 +221,19 @@ def damage(path: Path, rng: random.Random) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Kill a training and compare its end")
+    parser = argparse.ArgumentParser(
+        description="Kill a training and compare its end", epilog="after --: more of its flags"
+    )
     parser.add_argument("job", choices=JOBS)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the signals")
-    parser.add_argument("flags", nargs="*", help="more flags of the training, after --")
-    args = parser.parse_args()
+    own, flags = sys.argv[1:], []
+    if "--" in own:
+        flags = own[own.index("--") + 1 :]
+        own = own[: own.index("--")]
+    args = parser.parse_args(own, argparse.Namespace(flags=flags))
     rng = random.Random(args.seed)
     counts: collections.Counter[str] = collections.Counter()
     job = JOBS[args.job]
