@@ -4,8 +4,9 @@
     python benchmarks/lm_throughput.py --model LSTM --only training --json lm.json
 
 The original's default sizes and WikiText-2's number of words, drawn from a Zipf distribution.
-The kit's side is the real loop, lm_main.train_epoch and lm_main.evaluate; benchmarks/reference.py
-is the other. On a machine without a GPU, or with ACCELERATE_USE_CPU=true, the CPU is measured.
+The kit's side is the real loop, lm_main.train_epoch and lm_main.evaluate; the other is that of
+benchmarks/reference_lm.py. On a machine without a GPU, or with ACCELERATE_USE_CPU=true, the CPU
+is measured.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import reference
+import reference_lm
 import rounds
+from reference_lm import EVAL_COLUMNS, MODELS
 from rounds import Round
 
 import lm_main
@@ -29,7 +31,6 @@ import lm_model
 import runtime
 from lm_checkpoint import TrainingState
 
-MODELS = ("Transformer", "LSTM")
 WORK = ("training", "validation")
 
 
@@ -45,13 +46,13 @@ def kit(
     """The kit's loop, as lm_main.main and lm_main.fit set it up."""
     accelerator = runtime.build_accelerator()
     flags = ["--model", model, "--batch-size", str(columns), "--bptt", str(bptt)]
-    args = lm_main.parse_arguments([*flags, "--lr", str(reference.LR[model])])
+    args = lm_main.parse_arguments([*flags, "--lr", str(reference_lm.LR[model])])
     lm_main.settle(args, {}, accelerator)
     runtime.use_deterministic_kernels(True)
     torch.manual_seed(args.seed)
     spec = lm_model.ModelSpec(model=model, nhead=2, tied=False, **sizes)
     bare = lm_model.build_model(spec, args.dropout)
-    data = reference.text(steps, columns, bptt, sizes["words"]).to(accelerator.device)
+    data = reference_lm.text(steps, columns, bptt, sizes["words"]).to(accelerator.device)
     optimizer = torch.optim.SGD(bare.parameters(), lr=args.lr)
     if compiled:
         bare.compile()
@@ -100,14 +101,13 @@ def floor(work: str, rows: int, size: int, words: int, dtype: str, flops: float)
 
 def flops_per_token(work: str, model: str, sizes: dict[str, int], bptt: int) -> float:
     """Of the reference's step: whatever the kit computes beyond it does not count as work."""
-    network = reference.language_model(model, sizes)
-    data = reference.text(1, 2, bptt, sizes["words"])
+    network = reference_lm.language_model(model, sizes)
+    data = reference_lm.text(1, 2, bptt, sizes["words"])
     counter = FlopCounterMode(display=False)
-    with warnings.catch_warnings(action="ignore"):  # of the switch, about GPUs
-        # An LSTM of oneDNN is one operation, whose FLOPs the counter does not know.
-        without_onednn = torch.backends.mkldnn.flags(enabled=False)
-    with without_onednn, counter:
-        loss, _ = reference.segment_loss(network, data[:-1], data[1:].view(-1), None)
+    # An LSTM of oneDNN is one operation, whose FLOPs the counter does not know.
+    without_onednn = torch.backends.mkldnn.flags(enabled=False)
+    with warnings.catch_warnings(action="ignore"), without_onednn, counter:
+        loss, _ = reference_lm.segment_loss(network, data[:-1], data[1:].view(-1), None)
         if work == "training":
             loss.backward()
     return counter.get_total_flops() / (2 * bptt)
@@ -115,9 +115,9 @@ def flops_per_token(work: str, model: str, sizes: dict[str, int], bptt: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tokens a second of lm_main.py")
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--only", nargs="+", choices=WORK, default=list(WORK), metavar="ROW")
-    for name, default in {"words": 33278, "emsize": 200, "nhid": 200, "nlayers": 2}.items():
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--only", nargs="+", choices=WORK, default=WORK, metavar="ROW")
+    for name, default in reference_lm.SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=20, help="columns (default: %(default)s)")
     parser.add_argument("--bptt", type=int, default=35, help="(default: %(default)s)")
@@ -127,11 +127,11 @@ def main() -> None:
     rounds.add_precision(parser)
     args = parser.parse_args()
 
-    sizes = {name: getattr(args, name) for name in ("words", "emsize", "nhid", "nlayers")}
+    sizes = {name: getattr(args, name) for name in reference_lm.SIZES}
     rows, notes = [], []
     for model in args.model:
         for work in args.only:
-            columns = args.batch_size if work == "training" else reference.EVAL_COLUMNS
+            columns = args.batch_size if work == "training" else EVAL_COLUMNS
             options = {"model": model, "sizes": sizes, "columns": columns, "bptt": args.bptt}
             options["steps"] = args.steps
             flops = flops_per_token(work, model, sizes, args.bptt)
@@ -145,7 +145,7 @@ def main() -> None:
             }
             contestants = rounds.line_up(
                 args.precision,
-                (f"reference:lm_{work}", options),
+                (f"reference_lm:{work}", options),
                 ("lm_throughput:kit", {"work": work, "compiled": args.compile, **options}),
                 ("lm_throughput:floor", floor_options),
             )
@@ -153,8 +153,8 @@ def main() -> None:
             share = 2 * args.words * size * (3 if work == "training" else 1) / flops
             notes.append(f"{model} {work}: {share:.0%} of the step's FLOPs are the decoder's.")
     notes += [
-        f"{args.batch_size} columns ({reference.EVAL_COLUMNS} in validation) of {args.bptt} words "
-        f"a step, {args.steps} steps a round; {sizes}.",
+        f"{args.batch_size} columns ({EVAL_COLUMNS} in validation) of {args.bptt} words a step, "
+        f"{args.steps} steps a round; " + ", ".join(f"{k} {v}" for k, v in sizes.items()) + ".",
         "MB: peak memory above the imported libraries.",
         "floor: the step's FLOPs at the rate of the decoder's matrix products alone.",
     ]

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +91,14 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def rate_after_first(sizes: Iterable[int]) -> float:
+    """Sum of all `sizes` but the first, a second of the time that they take to come."""
+    rest = iter(sizes)
+    next(rest)
+    counts: list[int] = []
+    return 1 / seconds(lambda: counts.append(sum(rest))) * counts[0]
+
+
 def seconds(work: Callable[[], object]) -> float:
     """How long `work` takes, with what it leaves to a GPU."""
     synchronise()
@@ -149,7 +157,7 @@ def measure(
             for child in children:
                 name = child.contestant.name
                 _say(f"{titles[0]}: round {number + 1} of {rounds}, {name}")
-                answer = child.ask()
+                answer = child.ask({})
                 figures[name].append(answer["figures"])
                 peaks[name] = answer["peak"]
     finally:
@@ -190,25 +198,22 @@ class _Child:
     def __init__(self, contestant: Contestant) -> None:
         self.contestant = contestant
         base = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
-        options = json.dumps(contestant.options)
         path = os.pathsep.join([str(HERE), str(HERE.parent)])
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "import rounds; rounds.serve()", contestant.target, options],
+            [sys.executable, "-c", "import rounds; rounds.serve()", contestant.target],
             env={**base, **contestant.environment, "PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._answer()
+        self.ask(contestant.options)
 
-    def ask(self) -> dict[str, Any]:
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Its options at first, and then nothing, once for every round."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
         line = self.process.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line else {"error": "killed?"}
         if "error" in answer:
@@ -232,7 +237,7 @@ def serve() -> None:
         prepare = getattr(importlib.import_module(module), function)
         importlib.import_module("torch._dynamo")  # which torch's optimizers import when they step
         libraries = _memory("VmRSS")
-        work: Round = prepare(**json.loads(sys.argv[2]))
+        work: Round = prepare(**json.loads(sys.stdin.readline()))
         work()
         answer({})
         for _ in sys.stdin:
@@ -276,7 +281,7 @@ def report(rows: Sequence[Row], notes: Sequence[str], args: argparse.Namespace) 
         for row in table:
             digits = 2 if row.unit in LESS_IS_BETTER else 0
             cells = [f"{figure:,.{digits}f}" for figure in spread(row.rounds)]
-            cells += [f"{ratio:.2f}" for ratio in spread(row.ratios)]
+            cells += [f"{ratio:.2f}" for ratio in spread(row.ratios)] if row.ratios else [""] * 3
             cells.append(f"{row.peak_bytes / 1e6:,.0f}" if row.peak_bytes else "")
             cells.append(f"{row.gflops:,.0f}" if row.gflops is not None else "")
             cells.append(f"{row.of_floor:.0%}" if row.of_floor is not None else "")
@@ -286,7 +291,11 @@ def report(rows: Sequence[Row], notes: Sequence[str], args: argparse.Namespace) 
     if args.json:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         found = [
-            {**row._asdict(), "median": spread(row.rounds)[0], "ratio": spread(row.ratios)[0]}
+            {
+                **row._asdict(),
+                "median": statistics.median(row.rounds),
+                "ratio": statistics.median(row.ratios) if row.ratios else None,
+            }
             for row in rows
         ]
         content = {"machine": machine, "arguments": settings, "notes": list(notes), "rows": found}

@@ -1,21 +1,26 @@
-"""The two programs as they are commonly written, to measure the kit against.
+"""A word language model as it is commonly written, to measure the kit against.
 
-In the manner of pytorch/examples' imagenet and word_language_model: float32, contiguous tensors,
-the whole vocabulary's log-probabilities, metrics read back in every step. It knows nothing of
-the kit, so that nothing which the kit sets or imports can make it faster or slower.
+In the manner of pytorch/examples' word_language_model: float32, the log-probabilities of the
+whole vocabulary, the loss read back in every step. It knows nothing of the kit, so that nothing
+which the kit sets or imports can make it faster or slower.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from typing import Any
 
+import numpy as np
 import rounds
 import torch
 import torch.nn.functional as F
 from rounds import Round
 from torch import nn
 
+MODELS = ("Transformer", "LSTM")
+SIZES = {"words": 33278, "emsize": 200, "nhid": 200, "nlayers": 2}  # WikiText-2's, the original's
 DROPOUT, CLIP, EVAL_COLUMNS = 0.2, 0.25, 10
 MAX_POSITIONS = 5000
 LR = {"Transformer": 5.0, "LSTM": 20.0}
@@ -96,7 +101,7 @@ def segment_loss(
     return F.nll_loss(output.view(len(targets), -1), targets), state
 
 
-def lm_training(model: str, sizes: dict[str, int], columns: int, bptt: int, steps: int) -> Round:
+def training(model: str, sizes: dict[str, int], columns: int, bptt: int, steps: int) -> Round:
     """Tokens a second of an epoch of `steps` steps."""
     device = rounds.device()
     network = language_model(model, sizes).to(device)
@@ -119,7 +124,7 @@ def lm_training(model: str, sizes: dict[str, int], columns: int, bptt: int, step
     return lambda: [steps * bptt * columns / rounds.seconds(epoch)]
 
 
-def lm_validation(model: str, sizes: dict[str, int], columns: int, bptt: int, steps: int) -> Round:
+def validation(model: str, sizes: dict[str, int], columns: int, bptt: int, steps: int) -> Round:
     """Tokens a second of an evaluation of `steps` segments."""
     device = rounds.device()
     network = language_model(model, sizes).to(device)
@@ -135,3 +140,40 @@ def lm_validation(model: str, sizes: dict[str, int], columns: int, bptt: int, st
             total += bptt * loss.item()
 
     return lambda: [steps * bptt * columns / rounds.seconds(evaluation)]
+
+
+def generation(model: str, sizes: dict[str, int], lengths: list[int], samples: int) -> Round:
+    """Milliseconds a word of texts of `lengths` words.
+
+    The Transformer reads its whole text again for every word, without a mask. It would take
+    minutes to write all: it writes the words up to the first length, and of the others
+    `samples` on the way to each length, between which a word's time is interpolated.
+    """
+    device = rounds.device()
+    network = language_model(model, sizes).to(device).eval()
+    words = zipf(max(lengths), sizes["words"])[:, None].to(device)
+    marks = list(range(1, lengths[0] + 1))
+    for begin, end in itertools.pairwise(lengths):
+        stride = math.ceil((end - begin) / samples) if model == "Transformer" else 1
+        marks += reversed(range(end, begin, -stride))
+
+    def write(text: torch.Tensor, state: Any) -> Any:
+        if isinstance(network, Transformer):
+            output = network(text, causal=False)[-1]
+        else:
+            output, state = network(text[-1:], state)
+        drawn = torch.multinomial(output.squeeze().exp().cpu(), 1)
+        torch.cat([text, drawn.to(device)[:, None]])
+        return state
+
+    @torch.no_grad()
+    def measured() -> list[float]:
+        state, times = None, []
+        for mark in marks:
+            started = time.perf_counter()
+            state = write(words[:mark], state)
+            times.append(time.perf_counter() - started)
+        total = np.interp(range(1, max(lengths) + 1), marks, times).cumsum()
+        return [1000 * float(total[length - 1]) / length for length in lengths]
+
+    return measured
