@@ -1,0 +1,307 @@
+"""Images a second of resnet_main.py beside a plain reference.
+
+    python benchmarks/resnet_throughput.py
+    python benchmarks/resnet_throughput.py --data path/to/tiny-imagenet-200 --json resnet.json
+    python benchmarks/resnet_throughput.py -b 512 --compile --only training loading    # on a GPU
+
+The kit's side is the real loop, resnet_main.train_epoch and resnet_main.evaluate with the real
+loader; benchmarks/reference_image.py is the other. Both have the same images, size, stem and
+batch. On a machine without a GPU, or with ACCELERATE_USE_CPU=true, the CPU is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import reference_image
+import rounds
+import torch
+import torch.nn.functional as F
+from rounds import Contestant, Round, Row
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import image_cache
+import image_checkpoint
+import image_data
+import image_model
+import image_sources
+import resnet_main
+import runtime
+from image_checkpoint import TrainingState
+from image_data import DecodedImages, ImageFiles, ImageLoader, Split
+from image_model import ModelSpec
+from resnet_main import EVAL_BATCH_SIZE
+
+KIT = Path(__file__).resolve().parent.parent
+WORK = ("training", "validation", "loading", "start")
+LOADING_STEPS = 40  # at least, of a round: loading alone is quick
+
+
+def kit(work: str, flags: list[str], rows: list[int]) -> Round:
+    """The kit's loop over the images of number `rows`, as resnet_main.main and fit set it up."""
+    accelerator = runtime.build_accelerator(deterministic=False)
+    args = resnet_main.parse_arguments(flags)
+    image_checkpoint.settle(args, {}, accelerator)
+    args.seed = 0
+    runtime.use_deterministic_kernels(False)
+    data = image_data.load(args.data, args.image_size, args.seed, args.workers, args.download)
+    train = work != "validation"
+    loader = ImageLoader(
+        accelerator,
+        subset(data.train if train else data.val, rows, args, train),
+        batch_size=args.batch_size if train else min(args.batch_size, EVAL_BATCH_SIZE),
+        image_size=args.image_size,
+        seed=args.seed,
+        train=train,
+        workers=args.workers,
+    )
+    if work == "loading":
+        return lambda: [rounds.rate_after_first(len(batch.targets) for batch in loader.epoch(0))]
+
+    spec = ModelSpec(args.arch, args.stem, len(data.classes), args.image_size)
+    torch.manual_seed(args.seed)
+    model = image_model.build_model(spec).to(memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
+    optimizer = torch.optim.SGD(
+        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    def nothing() -> None:
+        """No checkpoint is due, and no signal has come."""
+
+    def epoch() -> object:
+        if work == "validation":
+            return resnet_main.evaluate(accelerator, model, loader, nothing, args)
+        run = TrainingState()
+        return resnet_main.train_epoch(
+            accelerator, model, optimizer, loader, run, nothing, nothing, args
+        )
+
+    return lambda: [len(rows) / rounds.seconds(epoch)]
+
+
+def subset(
+    images: DecodedImages | ImageFiles, rows: list[int], args: argparse.Namespace, train: bool
+) -> DecodedImages | ImageFiles:
+    paths, targets = [images.paths[row] for row in rows], images.targets[rows]
+    if isinstance(images, DecodedImages):
+        return DecodedImages(images.images[rows], targets, paths)
+    return ImageFiles(Split(paths, targets.tolist(), []), args.image_size, args.seed, train)
+
+
+def caching(paths: list[str], side: int, workers: int) -> Round:
+    """Images a second of decoding `paths` into a new cache."""
+
+    def build() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            stamps = [(0, 0)] * len(paths)
+            image_cache.decoded_images(Path(folder), paths, stamps, side, workers)
+
+    return lambda: [len(paths) / rounds.seconds(build)]
+
+
+def start(flags: list[str]) -> Round:
+    """Seconds until resnet_main.py prints the line of its first step."""
+
+    def until_first_step() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(KIT / "resnet_main.py"), *flags, "--output-dir", folder]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                found = any(line.startswith("Epoch: [0]") for line in process.stdout)
+                process.kill()
+            if not found:
+                raise RuntimeError(f"{command} ended before its first step")
+
+    return lambda: [rounds.seconds(until_first_step)]
+
+
+class Convolution(NamedTuple):
+    """A layer of a network: shapes of its input and its weight, and how they are applied."""
+
+    images: tuple[int, ...]
+    kernel: tuple[int, ...]
+    options: tuple[Any, ...]  # of F.conv2d after input and weight
+    is_first: bool  # its input has no gradient
+
+
+def convolutions(spec: ModelSpec, batch: int) -> collections.Counter[Convolution]:
+    found: collections.Counter[Convolution] = collections.Counter()
+    model = image_model.build_model(spec)
+
+    def note(module: nn.Conv2d, inputs: tuple[torch.Tensor], _: object) -> None:
+        options = (None, module.stride, module.padding, module.dilation, module.groups)
+        shapes = tuple(inputs[0].shape), tuple(module.weight.shape)
+        found[Convolution(*shapes, options, not found)] += 1
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)
+    images = torch.empty(batch, 3, spec.image_size, spec.image_size, device="meta")
+    functional_call(model, image_model.meta_tensors(model), (images,))
+    return found
+
+
+def floor(work: str, spec: list[Any], batch: int, dtype: str, flops: float) -> Round:
+    """Images a second if all of a step's `flops` an image went at the convolutions' rate alone."""
+    kind, device = getattr(torch, dtype), rounds.device()
+    repeats = 1 if rounds.on_cpu() else 20
+    torch.backends.cudnn.benchmark = True
+    layers = convolutions(ModelSpec(*spec), batch)
+
+    def draw(shape: tuple[int, ...], gradient: bool) -> torch.Tensor:
+        values = torch.randn(shape, device=device).to(kind, memory_format=torch.channels_last)
+        return values.requires_grad_(gradient and work == "training")
+
+    def compute(
+        layer: Convolution, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor
+    ) -> None:
+        inputs = [t for t in (x, weight) if t.requires_grad]
+        for _ in range(repeats):
+            y = F.conv2d(x, weight, *layer.options)
+            if inputs:
+                torch.autograd.grad(y, inputs, grad)
+
+    def measured() -> list[float]:
+        total = elapsed = 0.0
+        for layer, count in layers.items():
+            x, weight = draw(layer.images, not layer.is_first), draw(layer.kernel, True)
+            gradient = torch.randn_like(F.conv2d(x, weight, *layer.options).detach())
+            step = functools.partial(compute, layer, x, weight, gradient)
+            step()
+            passes = 1 + x.requires_grad + weight.requires_grad
+            total += count * repeats * passes * 2 * gradient.numel() * weight[0].numel()
+            elapsed += count * rounds.seconds(step)
+        return [total / elapsed / flops]
+
+    return measured
+
+
+def flops_per_image(work: str, network: dict[str, Any], image_size: int) -> float:
+    with torch.device("meta"):
+        model = reference_image.build_network(**network)
+        images, targets = torch.empty(2, 3, image_size, image_size), torch.zeros(2).long()
+        counter = FlopCounterMode(display=False)
+        with counter:
+            loss = F.cross_entropy(model(images), targets)
+            if work == "training":
+                loss.backward()
+    return counter.get_total_flops() / 2
+
+
+def pick(count: int, total: int) -> list[int]:
+    """`count` of `total` images, as evenly often as can be."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    return order.repeat(-(-count // total))[:count].tolist()
+
+
+def main() -> None:
+    cpu = rounds.on_cpu()
+    parser = argparse.ArgumentParser(description="Images a second of resnet_main.py")
+    add = parser.add_argument
+    add("--data", default="sample", metavar="DIR", help="dataset (default: the built-in one)")
+    add("-a", "--arch", default=image_model.DEFAULT_ARCH, help="(default: %(default)s)")
+    add("--stem", choices=image_model.STEMS, default=image_model.DEFAULT_STEM)
+    add("--image-size", type=int, default=64, metavar="PX", help="(default: %(default)s)")
+    add("-b", "--batch-size", type=int, default=128, metavar="N", help="(default: %(default)s)")
+    add("-j", "--workers", type=int, default=2 if cpu else 4, help="(default: %(default)s)")
+    add("--steps", type=int, default=6 if cpu else 100, help="of a round (default: %(default)s)")
+    add("--compile", action="store_true", help="of the kit's model")
+    add("--only", nargs="+", choices=WORK, default=WORK, metavar="ROW", help=" ".join(WORK))
+    rounds.add_arguments(parser)
+    rounds.add_precision(parser)
+    args = parser.parse_args()
+
+    folders = image_data.find_images(image_sources.resolve(args.data, download=False))
+    small = image_cache.small_side(folders.train.paths)
+    stem = args.stem if image_model.has_stem(args.arch) else None
+    spec = ModelSpec(args.arch, stem, len(folders.classes), args.image_size)
+    network = {"arch": spec.arch, "stem": spec.stem, "classes": spec.num_classes}
+    sizes = [*("-b", args.batch_size), *("--image-size", args.image_size), *("-j", args.workers)]
+    flags = [args.data, "-a", args.arch, *map(str, sizes), *["--compile"] * args.compile]
+    flags += ["--stem", stem] if stem else []
+    steps = {"training": args.steps, "validation": args.steps}
+    steps["loading"] = max(args.steps, LOADING_STEPS)
+
+    def images(work: str) -> tuple[list[int], dict[str, Any]]:
+        """Which images a round has: for the kit, and for the reference's loader."""
+        train = work != "validation"
+        split = folders.train if train else folders.val
+        rows = pick(steps[work] * args.batch_size, len(split.paths))
+        loader = {
+            "folder": str(folders.root / "train"),
+            "samples": [(split.paths[row], split.targets[row]) for row in rows],
+            "batch_size": args.batch_size if train else min(args.batch_size, EVAL_BATCH_SIZE),
+            "image_size": args.image_size,
+            # The kit validates small images whole.
+            "side": args.image_size if small else round(args.image_size * 256 / 224),
+            "workers": args.workers,
+            "train": train,
+        }
+        return rows, loader
+
+    results: list[Row] = []
+    notes = [
+        f"{args.arch}, stem {stem}, {args.image_size} px, batch {args.batch_size}, {args.steps} "
+        f"steps a round, {args.workers} workers; dataset {args.data}.",
+        "MB: peak memory above the imported libraries.",
+    ]
+    for work in [work for work in ("training", "validation") if work in args.only]:
+        rows, loader = images(work)
+        flops = flops_per_image(work, network, args.image_size)
+        bound = {"work": work, "spec": list(spec), "batch": loader["batch_size"], "flops": flops}
+        contestants = rounds.line_up(
+            args.precision,
+            (f"reference_image:{work}", {"loader": loader, "network": network}),
+            ("resnet_throughput:kit", {"work": work, "flags": flags, "rows": rows}),
+            ("resnet_throughput:floor", bound),
+        )
+        results += rounds.measure([work], "images/s", contestants, args.rounds, flops)
+    if {"training", "validation"} & set(args.only):
+        notes.append("floor: the step's FLOPs at the rate of the network's convolutions alone.")
+    own, theirs = rounds.kit_environment("no"), rounds.reference_environment()
+    if "loading" in args.only:
+        rows, loader = images("loading")
+        options: dict[str, Any] = {"work": "loading", "flags": flags, "rows": rows}
+        contestants = [
+            Contestant("PIL workers", "reference_image:loading", {"loader": loader}, theirs),
+            Contestant("kit", "resnet_throughput:kit", options, own),
+        ]
+        if small:
+            paths = list(dict.fromkeys(path for path, _ in loader["samples"]))
+            options = {"paths": paths, "side": small, "workers": args.workers}
+            contestants.append(
+                Contestant("kit, building its cache", "resnet_throughput:caching", options, own)
+            )
+        results += rounds.measure(["loading"], "images/s", contestants, args.rounds)
+        notes.append("loading: augmented batches, and no training; the cache is built once.")
+    if "start" in args.only:
+        # Eight images, so that the first step itself takes next to nothing.
+        first = [*flags, "-b", "8", "-p", "1", "--seed", "0"]
+        contestants = [
+            Contestant("import torch", "reference_image:import_torch", {}, theirs),
+            Contestant("kit's first step", "resnet_throughput:start", {"flags": first}, own),
+        ]
+        torch_alone, kit_start = rounds.measure(["start"], "s", contestants, args.rounds)
+        pairs = zip(kit_start.rounds, torch_alone.rounds, strict=True)
+        results += [torch_alone._replace(peak_bytes=0), kit_start._replace(peak_bytes=0)]
+        results.append(Row("start", "beyond importing torch", "s", [a - b for a, b in pairs], []))
+        notes.append("start: python resnet_main.py with a cached dataset, to its first step's end.")
+    rounds.report(results, notes, args)
+
+
+if __name__ == "__main__":
+    main()

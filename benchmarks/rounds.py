@@ -1,0 +1,319 @@
+"""Contestants that take turns, each a process of its own, and the table of their figures.
+
+A measurement names functions of this folder's modules. `function(**options)` prepares a
+contestant and returns its `Round`, which does one round of work and returns its figures, one for
+each title. Round i of every contestant comes before round i + 1 of any, and whoever has not its
+turn sleeps: what else a machine does meets all alike. A process of its own gives each its
+environment and its peak of memory, and keeps the reference free of the kit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+Round = Callable[[], list[float]]
+PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # of accelerate, and torch's names
+LESS_IS_BETTER = ("ms a word", "s")
+# Of a table after a row's name; the first is named by its unit.
+COLUMNS = (
+    *(("", 12), ("min", 12), ("max", 12)),
+    *(("× first", 9), ("min", 7), ("max", 7)),
+    *(("MB", 8), ("GFLOP/s", 9), ("of floor", 10)),
+)
+# What a shell may have left, and would make one contestant another.
+FOREIGN = ("ACCELERATE_", "THP_MEM_ALLOC_ENABLE")
+
+
+class Contestant(NamedTuple):
+    name: str
+    target: str  # module:function
+    options: dict[str, Any]  # of the function, plain values
+    environment: dict[str, str]
+    floor: str = ""  # the contestant that bounds this one
+
+
+class Row(NamedTuple):
+    """One contestant's figures; the ratio is how many times as fast as the reference it is.
+
+    peak_bytes is memory above the imported libraries; of_floor a fraction of the floor's speed.
+    """
+
+    title: str
+    name: str
+    unit: str
+    rounds: list[float]
+    ratios: list[float]
+    peak_bytes: int = 0
+    gflops: float | None = None
+    of_floor: float | None = None
+
+
+def reference_environment() -> dict[str, str]:
+    return {"ACCELERATE_USE_CPU": "true"} if on_cpu() else {}
+
+
+def kit_environment(precision: str) -> dict[str, str]:
+    """What `accelerate launch` gives a process that it starts on this machine."""
+    return {"ACCELERATE_MIXED_PRECISION": precision, **reference_environment()}
+
+
+def floor_environment() -> dict[str, str]:
+    """Whatever makes the machine fast: page faults are no part of its arithmetic."""
+    return {"THP_MEM_ALLOC_ENABLE": "1", **reference_environment()}
+
+
+def on_cpu() -> bool:
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    return wants_cpu or not torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    return torch.device("cpu" if on_cpu() else "cuda")
+
+
+def synchronise() -> None:
+    if not on_cpu():
+        torch.cuda.synchronize()
+
+
+def rate_after_first(sizes: Iterable[int]) -> float:
+    """Sum of all `sizes` but the first, a second of the time that they take to come."""
+    rest = iter(sizes)
+    next(rest)
+    counts: list[int] = []
+    return 1 / seconds(lambda: counts.append(sum(rest))) * counts[0]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long `work` takes, with what it leaves to a GPU."""
+    synchronise()
+    started = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - started
+
+
+def line_up(
+    precisions: Sequence[str],
+    reference: tuple[str, dict[str, Any]],
+    kit: tuple[str, dict[str, Any]],
+    floor: tuple[str, dict[str, Any]],
+) -> list[Contestant]:
+    """The reference, the kit in each precision, and what bounds them; target and options of each.
+
+    A floor's function has the argument `dtype` as well.
+    """
+    names = {precision: PRECISIONS[precision] for precision in precisions}
+    own = reference_environment()
+    return [
+        Contestant("reference float32", *reference, own, "floor float32" * ("no" in names)),
+        *(
+            Contestant(f"kit {dtype}", *kit, kit_environment(precision), f"floor {dtype}")
+            for precision, dtype in names.items()
+        ),
+        *(
+            Contestant(f"floor {t}", floor[0], {**floor[1], "dtype": t}, floor_environment())
+            for t in names.values()
+        ),
+    ]
+
+
+def measure(
+    titles: Sequence[str],
+    unit: str,
+    contestants: Sequence[Contestant],
+    rounds: int,
+    flops: float = 0.0,
+) -> list[Row]:
+    """Figures of all contestants, the first of which is the reference.
+
+    Args:
+        titles: of the figures that a round returns.
+        flops: floating-point operations of one unit of a figure, e.g. of a token.
+    """
+    children: list[_Child] = []
+    figures: dict[str, list[list[float]]] = {c.name: [] for c in contestants}
+    peaks: dict[str, int] = {}
+    try:
+        for contestant in contestants:
+            _say(f"{titles[0]}: preparing {contestant.name}")
+            children.append(_Child(contestant))
+        for number in range(rounds):
+            for child in children:
+                name = child.contestant.name
+                _say(f"{titles[0]}: round {number + 1} of {rounds}, {name}")
+                answer = child.ask({})
+                figures[name].append(answer["figures"])
+                peaks[name] = answer["peak"]
+    finally:
+        _say("")
+        for child in children:
+            child.process.kill()
+            child.process.wait()
+
+    rows = []
+    for i, title in enumerate(titles):
+        own = {name: [figure[i] for figure in history] for name, history in figures.items()}
+        for name, _, _, _, floor in contestants:
+            rate = statistics.median(own[name])
+            rows.append(
+                Row(
+                    title,
+                    name,
+                    unit,
+                    own[name],
+                    speeds(own[name], own[contestants[0].name], unit),
+                    peaks[name],
+                    rate * flops / 1e9 if flops else None,
+                    statistics.median(speeds(own[name], own[floor], unit)) if floor else None,
+                )
+            )
+    return rows
+
+
+def speeds(own: list[float], other: list[float], unit: str) -> list[float]:
+    """How many times as fast `own` is as `other`, round by round."""
+    pairs = zip(own, other, strict=True)
+    return [b / a if unit in LESS_IS_BETTER else a / b for a, b in pairs]
+
+
+class _Child:
+    """A contestant's process, which works when asked and sleeps otherwise."""
+
+    def __init__(self, contestant: Contestant) -> None:
+        self.contestant = contestant
+        base = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
+        path = os.pathsep.join([str(HERE), str(HERE.parent)])
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "import rounds; rounds.serve()", contestant.target],
+            env={**base, **contestant.environment, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.ask(contestant.options)
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Its options at first, and then nothing, once for every round."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "killed?"}
+        if "error" in answer:
+            sys.exit(f"{self.contestant.name} failed:\n{answer['error']}")
+        return answer
+
+
+def serve() -> None:
+    """The child's side: prepare, do a round to warm up, then one for every line of stdin."""
+    answers = os.fdopen(os.dup(1), "w")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)  # a training prints
+    os.dup2(nowhere, 2)
+
+    def answer(content: dict[str, Any]) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    try:
+        module, function = sys.argv[1].split(":")
+        prepare = getattr(importlib.import_module(module), function)
+        importlib.import_module("torch._dynamo")  # which torch's optimizers import when they step
+        libraries = _memory("VmRSS")
+        work: Round = prepare(**json.loads(sys.stdin.readline()))
+        work()
+        answer({})
+        for _ in sys.stdin:
+            figures = work()
+            peak = _memory("VmHWM") - libraries if on_cpu() else torch.cuda.max_memory_allocated()
+            answer({"figures": figures, "peak": peak})
+    except Exception:
+        answer({"error": traceback.format_exc()})
+
+
+def _memory(field: str) -> int:
+    """Bytes, of this process: VmRSS is what is resident, VmHWM the most that ever was."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that all benchmarks have."""
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there, too")
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the kit"
+    )
+
+
+def spread(figures: Sequence[float]) -> tuple[float, float, float]:
+    return statistics.median(figures), min(figures), max(figures)
+
+
+def report(rows: Sequence[Row], notes: Sequence[str], args: argparse.Namespace) -> None:
+    """Print tables, one a title, and write --json."""
+    machine = describe_machine()
+    print(", ".join(machine.values()))
+    for title in dict.fromkeys(row.title for row in rows):
+        table = [row for row in rows if row.title == title]
+        heads = "".join(f"{head or table[0].unit:>{width}}" for head, width in COLUMNS)
+        print(f"\n{title:24}{heads}")
+        for row in table:
+            digits = 2 if row.unit in LESS_IS_BETTER else 0
+            cells = [f"{figure:,.{digits}f}" for figure in spread(row.rounds)]
+            cells += [f"{ratio:.2f}" for ratio in spread(row.ratios)] if row.ratios else [""] * 3
+            cells.append(f"{row.peak_bytes / 1e6:,.0f}" if row.peak_bytes else "")
+            cells.append(f"{row.gflops:,.0f}" if row.gflops is not None else "")
+            cells.append(f"{row.of_floor:.0%}" if row.of_floor is not None else "")
+            padded = [f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)]
+            print(f"{row.name:24}{''.join(padded)}".rstrip())
+    print("\n" + "\n".join(notes))
+    if args.json:
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        found = [
+            {
+                **row._asdict(),
+                "median": statistics.median(row.rounds),
+                "ratio": statistics.median(row.ratios) if row.ratios else None,
+            }
+            for row in rows
+        ]
+        content = {"machine": machine, "arguments": settings, "notes": list(notes), "rows": found}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def describe_machine() -> dict[str, str]:
+    name = platform.processor() or platform.machine()
+    if not on_cpu():
+        name = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line]
+        name = names[0].split(":")[1].strip() if names else name
+    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    return {"device": name, "threads": threads, "torch": f"torch {torch.__version__}"}
+
+
+def _say(text: str) -> None:
+    """What is being done, on a terminal; it takes minutes."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
