@@ -93,9 +93,6 @@ def run_script(main: Callable[[], None]) -> None:
     Of several processes one speaks. Before they are joined, all usually meet the same mistake,
     and the first to leave makes the launcher end the others: each waits its turn.
     """
-    # Huge pages for large tensors: a third of a language model's step was page faults. Torch
-    # reads this at its first allocation.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # A log file is read while it grows, and beside what goes to stderr.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     script = Path(sys.argv[0]).name
@@ -167,6 +164,9 @@ def build_accelerator(deterministic: bool = True) -> Accelerator:
         deterministic: whether a resumed run on several GPUs has to sum gradients in the order
             of an undisturbed one. On a CPU it always does.
     """
+    # Huge pages for large tensors: a third of a language model's step was page faults. Torch
+    # reads this at its first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     asked = get_int_from_env(WORLD_SIZE_VARIABLES, 1)
     asked_here = get_int_from_env(["LOCAL_WORLD_SIZE"], asked)
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
