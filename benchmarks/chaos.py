@@ -229,10 +229,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the signals")
-    own, flags = sys.argv[1:], list[str]()
-    if "--" in own:
-        flags = own[own.index("--") + 1 :]
-        own = own[: own.index("--")]
+    own = sys.argv[1:]
+    end = own.index("--") if "--" in own else len(own)
+    own, flags = own[:end], own[end + 1 :]
     args = parser.parse_args(own, argparse.Namespace(flags=flags))
     rng = random.Random(args.seed)
     counts: collections.Counter[str] = collections.Counter()
