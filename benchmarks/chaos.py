@@ -268,8 +268,8 @@ def main() -> None:
             if tag != MEASURED and curves[0].get(tag) != curves[1].get(tag):
                 differing.append(f"curve {tag}")
         points = sum(len(points) for points in curves[1].values())
-    flags = re.sub(r" --(save|output-dir)$", "", " ".join(job.flags))
-    print(f"{flags} {' '.join(args.flags)} (processes: {args.processes}, {args.precision})")
+    command = re.sub(r" --(save|output-dir)$", "", " ".join(job.flags))
+    print(f"{command} {' '.join(args.flags)} (processes: {args.processes}, {args.precision})")
     for title, keys in {
         "signals": ("SIGKILL", "SIGTERM", "SIGINT", "SIGUSR1"),
         "moments": ("starting", "training", "writing"),
