@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import shutil
@@ -33,8 +34,7 @@ def save(
     the copies again, with the same bits.
 
     Args:
-        previous: keeps what was at `path`, which is there at every moment, too (where there are
-            no hard links, at nearly every one).
+        previous: takes what was at `path`.
 
     Raises:
         UserError: when the disk is full or not writable; what was there before is still whole.
@@ -42,18 +42,21 @@ def save(
     target = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_or_absent(path) as temporary:
-            torch.save(dict(checkpoint), temporary)
-            for target in copies:
-                with whole_or_absent(target) as duplicate:
-                    shutil.copyfile(temporary, duplicate)
-            target = path
+        with contextlib.ExitStack() as afterwards:
             if previous is not None:
-                previous.unlink(missing_ok=True)
+                # A second name for now, which takes its place when `path` has its new file: at
+                # every moment there are two files, and one may be damaged.
+                older = afterwards.enter_context(whole_or_absent(previous))
                 try:
-                    previous.hardlink_to(path)
-                except OSError:  # a file system without them
-                    path.replace(previous)
+                    older.hardlink_to(path)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(path, older)
+            with whole_or_absent(path) as temporary:
+                torch.save(dict(checkpoint), temporary)
+                for target in copies:
+                    with whole_or_absent(target) as duplicate:
+                        shutil.copyfile(temporary, duplicate)
+                target = path
     # torch.save reports a full disk as a RuntimeError of its zip writer.
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -149,6 +149,31 @@ def test_a_writer_keeps_the_one_before_but_not_another_runs(tmp_path: Path) -> N
     assert epochs() == [7, 6]
 
 
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_between_two_renames_leaves_two_whole_files(
+    renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latest, previous = tmp_path / "a.pth", tmp_path / "a.previous.pth"
+    checkpoints.save({**STATE, "epoch": 1}, previous)
+    checkpoints.save({**STATE, "epoch": 2}, latest)
+    left, replace = [renames], Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    try:
+        checkpoints.save({**STATE, "epoch": 3}, latest, previous=previous)
+    except KeyboardInterrupt:
+        assert renames < 2
+    assert not latest.samefile(previous)
+    epochs = [checkpoints.load(path)["epoch"] for path in (latest, previous)]
+    assert epochs == {0: [2, 1], 1: [3, 1], 2: [3, 2]}[renames]
+
+
 def test_a_writer_saves_what_was_there_and_reports_a_failure(tmp_path: Path) -> None:
     weight = torch.zeros(1000, 1000)
     with checkpoints.Writer(tmp_path / "a.pth", None) as writer:
