@@ -264,7 +264,8 @@ class Preemption:
                 before[1].wait()
                 agreed = int(before[0])
         if agreed:
-            self.signum = agreed
+            # This process's own signal may still be on its way: it is the same request.
+            self.signum, self.since = agreed, time.monotonic()
             raise Stopped(agreed)
 
 
