@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import reference_lm
 import rounds
@@ -36,14 +35,7 @@ def spec_of(model: str, sizes: dict[str, int]) -> ModelSpec:
     return ModelSpec(model=model, nhead=reference_lm.NHEAD, tied=False, **sizes)
 
 
-def kit(**options: Any) -> Round:
-    """The kit's generator in a process that has begun as its scripts do."""
-    prepared: list[Round] = []
-    runtime.run_script(lambda: prepared.append(prepare(**options)))
-    return prepared[0]
-
-
-def prepare(model: str, sizes: dict[str, int], lengths: list[int]) -> Round:
+def kit(model: str, sizes: dict[str, int], lengths: list[int]) -> Round:
     """Milliseconds a word of one text, when it has come to each of the `lengths`."""
     network = lm_model.build_model(spec_of(model, sizes), dropout=0.0).eval().to(rounds.device())
     args = lm_generate.parse_arguments(["--words", str(max(lengths))])

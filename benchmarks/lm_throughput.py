@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -40,14 +39,7 @@ def spec_of(model: str, sizes: dict[str, int]) -> ModelSpec:
     return ModelSpec(model=model, nhead=reference_lm.NHEAD, tied=False, **sizes)
 
 
-def kit(**options: Any) -> Round:
-    """The kit's loop in a process that has begun as its scripts do."""
-    prepared: list[Round] = []
-    runtime.run_script(lambda: prepared.append(prepare(**options)))
-    return prepared[0]
-
-
-def prepare(
+def kit(
     work: str,
     model: str,
     sizes: dict[str, int],

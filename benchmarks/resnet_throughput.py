@@ -44,14 +44,7 @@ WORK = ("training", "validation", "loading", "start")
 LOADING_STEPS = 40  # at least, of a round: loading alone is quick
 
 
-def kit(**options: Any) -> Round:
-    """The kit's loop in a process that has begun as its scripts do."""
-    prepared: list[Round] = []
-    runtime.run_script(lambda: prepared.append(prepare(**options)))
-    return prepared[0]
-
-
-def prepare(work: str, flags: list[str], rows: list[int]) -> Round:
+def kit(work: str, flags: list[str], rows: list[int]) -> Round:
     """Images a second over those of number `rows`, set up as resnet_main.main and fit do."""
     accelerator = runtime.build_accelerator(deterministic=False)
     args = resnet_main.parse_arguments(flags)
