@@ -17,15 +17,17 @@ SCALE = (0.08, 1.0)  # of the image's area
 RATIO = (3 / 4, 4 / 3)  # width to height
 ATTEMPTS = 10
 
-# ImageNet's channel statistics, as in the original, for pixels from 0 to 255.
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1) * 255
-STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1) * 255
+# ImageNet's channel statistics, as in the original. No tensors yet: torch's first one decides
+# whether it uses huge pages, and has to come after runtime.build_accelerator asks for them.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 
 
 @functools.cache
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """On the device, once: a copy in every step would make the step wait for it."""
-    return MEAN.to(device), STD.to(device)
+    """For pixels from 0 to 255; once, as a copy in every step would make the step wait for it."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (MEAN, STD))
+    return mean.to(device), std.to(device)
 
 
 class Crops(NamedTuple):

@@ -9,13 +9,13 @@ side is lm_generate.generate, every word of it; the other is that of benchmarks/
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 import reference_lm
 import rounds
+import tables
 import torch
 from reference_lm import MAX_POSITIONS, MODELS
 from rounds import Contestant, Round, Row
@@ -24,13 +24,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lm_generate
 import lm_model
+import runtime
+from lm_model import ModelSpec
+from runtime import UserError, positive_int
 
 SAMPLES = 10  # of the reference's words, on the way to each length but the first
 
 
+def spec_of(model: str, sizes: dict[str, int]) -> ModelSpec:
+    return ModelSpec(model=model, nhead=reference_lm.NHEAD, tied=False, **sizes)
+
+
 def kit(model: str, sizes: dict[str, int], lengths: list[int]) -> Round:
-    spec = lm_model.ModelSpec(model=model, nhead=2, tied=False, **sizes)
-    network = lm_model.build_model(spec, dropout=0.0).eval().to(rounds.device())
+    """Milliseconds a word of one text, when it has come to each of the `lengths`."""
+    network = lm_model.build_model(spec_of(model, sizes), dropout=0.0).eval().to(rounds.device())
     args = lm_generate.parse_arguments(["--words", str(max(lengths))])
 
     def measured() -> list[float]:
@@ -46,35 +53,26 @@ def kit(model: str, sizes: dict[str, int], lengths: list[int]) -> Round:
     return measured
 
 
-def floor(words: int, size: int, lengths: list[int]) -> Round:
-    """Milliseconds of the decoder's product with the features of one word."""
-    weight, features = torch.randn(words, size), torch.randn(1, size)
-    weight, features = weight.to(rounds.device()), features.to(rounds.device())
-    logits = torch.empty(1, words, device=rounds.device())
-
-    def products(count: int = 200) -> None:
-        for _ in range(count):
-            torch.mm(features, weight.t(), out=logits)
-
-    return lambda: [1000 * rounds.seconds(products) / 200] * len(lengths)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Milliseconds a word of lm_generate.py")
+    parser = runtime.ArgumentParser(description="Milliseconds a word of lm_generate.py")
     add = parser.add_argument
-    add("--model", nargs="+", choices=MODELS, default=MODELS)
-    add("--lengths", nargs="+", type=int, default=[100, 1000, MAX_POSITIONS], metavar="WORDS")
+    # fmt: off
+    add("--model", nargs="+", choices=MODELS, default=MODELS, help="(default: both)")
+    add("--lengths", nargs="+", type=positive_int, default=[100, 1000, MAX_POSITIONS],
+        metavar="WORDS", help="of a text (default: %(default)s)")
     for name, default in reference_lm.SIZES.items():
-        add(f"--{name}", type=int, default=default, help="(default: %(default)s)")
-    rounds.add_arguments(parser)
+        add(f"--{name}", type=positive_int, default=default, help="(default: %(default)s)")
+    # fmt: on
+    rounds.add_arguments(parser, positive_int)
     args = parser.parse_args()
     lengths = sorted(set(args.lengths))
     if lengths[-1] > MAX_POSITIONS:
-        parser.error(f"the reference has {MAX_POSITIONS} positions and fails beyond")
+        raise UserError(f"--lengths: the reference has {MAX_POSITIONS} positions: ask for less")
 
     sizes = {name: getattr(args, name) for name in reference_lm.SIZES}
     rows: list[Row] = []
     for model in args.model:
+        lm_model.check_spec(spec_of(model, sizes), lm_generate.DEFAULT_BPTT)
         options = {"model": model, "sizes": sizes, "lengths": lengths}
         size = args.emsize if model == "Transformer" else args.nhid
         bound = {"words": args.words, "size": size, "lengths": lengths}
@@ -88,7 +86,7 @@ def main() -> None:
                 "floor",
             ),
             Contestant("kit", "generate_latency:kit", options, own, "floor"),
-            Contestant("floor", "generate_latency:floor", bound, rounds.floor_environment()),
+            Contestant("floor", "floors:one_word", bound, rounds.floor_environment()),
         ]
         titles = [f"{model}, {length} words" for length in lengths]
         rows += rounds.measure(titles, "ms a word", contestants, args.rounds)
@@ -101,8 +99,8 @@ def main() -> None:
         "MB: peak memory above the imported libraries.",
         ", ".join(f"{name} {value}" for name, value in sizes.items()) + ".",
     ]
-    rounds.report(rows, notes, args)
+    tables.report(rows, notes, args)
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run_script(main)

@@ -21,6 +21,7 @@ from torch import nn
 
 MODELS = ("Transformer", "LSTM")
 SIZES = {"words": 33278, "emsize": 200, "nhid": 200, "nlayers": 2}  # WikiText-2's, the original's
+NHEAD = 2
 DROPOUT, CLIP, EVAL_COLUMNS = 0.2, 0.25, 10
 MAX_POSITIONS = 5000
 LR = {"Transformer": 5.0, "LSTM": 20.0}
@@ -43,8 +44,9 @@ class Transformer(nn.Module):
 
     def __init__(self, words: int, emsize: int, nhid: int, nlayers: int) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(emsize, nhead=2, dim_feedforward=nhid, dropout=0.1)
-        self.encoder = nn.TransformerEncoder(layer, nlayers, enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(emsize, NHEAD, dim_feedforward=nhid, dropout=0.1)
+        norm = nn.LayerNorm(emsize)
+        self.encoder = nn.TransformerEncoder(layer, nlayers, norm, enable_nested_tensor=False)
         self.embedding = nn.Embedding(words, emsize)
         self.decoder = nn.Linear(emsize, words)
         self.drop = nn.Dropout(DROPOUT)

@@ -12,22 +12,17 @@ batch. On a machine without a GPU, or with ACCELERATE_USE_CPU=true, the CPU is m
 from __future__ import annotations
 
 import argparse
-import collections
-import functools
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import reference_image
+import floors
 import rounds
+import tables
 import torch
-import torch.nn.functional as F
 from rounds import Contestant, Round, Row
-from torch import nn
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -42,6 +37,7 @@ from image_checkpoint import TrainingState
 from image_data import DecodedImages, ImageFiles, ImageLoader, Split
 from image_model import ModelSpec
 from resnet_main import EVAL_BATCH_SIZE
+from runtime import positive_int
 
 KIT = Path(__file__).resolve().parent.parent
 WORK = ("training", "validation", "loading", "start")
@@ -49,7 +45,7 @@ LOADING_STEPS = 40  # at least, of a round: loading alone is quick
 
 
 def kit(work: str, flags: list[str], rows: list[int]) -> Round:
-    """The kit's loop over the images of number `rows`, as resnet_main.main and fit set it up."""
+    """Images a second over those of number `rows`, set up as resnet_main.main and fit do."""
     accelerator = runtime.build_accelerator(deterministic=False)
     args = resnet_main.parse_arguments(flags)
     image_checkpoint.settle(args, {}, accelerator)
@@ -129,79 +125,6 @@ def start(flags: list[str]) -> Round:
     return lambda: [rounds.seconds(until_first_step)]
 
 
-class Convolution(NamedTuple):
-    """A layer of a network: shapes of its input and its weight, and how they are applied."""
-
-    images: tuple[int, ...]
-    kernel: tuple[int, ...]
-    options: tuple[Any, ...]  # of F.conv2d after input and weight
-    is_first: bool  # its input has no gradient
-
-
-def convolutions(spec: ModelSpec, batch: int) -> collections.Counter[Convolution]:
-    found: collections.Counter[Convolution] = collections.Counter()
-    model = image_model.build_model(spec)
-
-    def note(module: nn.Conv2d, inputs: tuple[torch.Tensor], _: object) -> None:
-        options = (None, module.stride, module.padding, module.dilation, module.groups)
-        shapes = tuple(inputs[0].shape), tuple(module.weight.shape)
-        found[Convolution(*shapes, options, not found)] += 1
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(note)
-    images = torch.empty(batch, 3, spec.image_size, spec.image_size, device="meta")
-    functional_call(model, image_model.meta_tensors(model), (images,))
-    return found
-
-
-def floor(work: str, spec: list[Any], batch: int, dtype: str, flops: float) -> Round:
-    """Images a second if all of a step's `flops` an image went at the convolutions' rate alone."""
-    kind, device = getattr(torch, dtype), rounds.device()
-    repeats = 1 if rounds.on_cpu() else 20
-    torch.backends.cudnn.benchmark = True
-    layers = convolutions(ModelSpec(*spec), batch)
-
-    def draw(shape: tuple[int, ...], gradient: bool) -> torch.Tensor:
-        values = torch.randn(shape, device=device).to(kind, memory_format=torch.channels_last)
-        return values.requires_grad_(gradient and work == "training")
-
-    def compute(
-        layer: Convolution, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor
-    ) -> None:
-        inputs = [t for t in (x, weight) if t.requires_grad]
-        for _ in range(repeats):
-            y = F.conv2d(x, weight, *layer.options)
-            if inputs:
-                torch.autograd.grad(y, inputs, grad)
-
-    def measured() -> list[float]:
-        total = elapsed = 0.0
-        for layer, count in layers.items():
-            x, weight = draw(layer.images, not layer.is_first), draw(layer.kernel, True)
-            gradient = torch.randn_like(F.conv2d(x, weight, *layer.options).detach())
-            step = functools.partial(compute, layer, x, weight, gradient)
-            step()
-            passes = 1 + x.requires_grad + weight.requires_grad
-            total += count * repeats * passes * 2 * gradient.numel() * weight[0].numel()
-            elapsed += count * rounds.seconds(step)
-        return [total / elapsed / flops]
-
-    return measured
-
-
-def flops_per_image(work: str, network: dict[str, Any], image_size: int) -> float:
-    with torch.device("meta"):
-        model = reference_image.build_network(**network)
-        images, targets = torch.empty(2, 3, image_size, image_size), torch.zeros(2).long()
-        counter = FlopCounterMode(display=False)
-        with counter:
-            loss = F.cross_entropy(model(images), targets)
-            if work == "training":
-                loss.backward()
-    return counter.get_total_flops() / 2
-
-
 def pick(count: int, total: int) -> list[int]:
     """`count` of `total` images, as evenly often as can be."""
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
@@ -210,18 +133,25 @@ def pick(count: int, total: int) -> list[int]:
 
 def main() -> None:
     cpu = rounds.on_cpu()
-    parser = argparse.ArgumentParser(description="Images a second of resnet_main.py")
+    parser = runtime.ArgumentParser(description="Images a second of resnet_main.py")
     add = parser.add_argument
+    # fmt: off
     add("--data", default="sample", metavar="DIR", help="dataset (default: the built-in one)")
     add("-a", "--arch", default=image_model.DEFAULT_ARCH, help="(default: %(default)s)")
-    add("--stem", choices=image_model.STEMS, default=image_model.DEFAULT_STEM)
-    add("--image-size", type=int, default=64, metavar="PX", help="(default: %(default)s)")
-    add("-b", "--batch-size", type=int, default=128, metavar="N", help="(default: %(default)s)")
-    add("-j", "--workers", type=int, default=2 if cpu else 4, help="(default: %(default)s)")
-    add("--steps", type=int, default=6 if cpu else 100, help="of a round (default: %(default)s)")
+    add("--stem", choices=image_model.STEMS, default=image_model.DEFAULT_STEM,
+        help="(default: %(default)s)")
+    add("--image-size", type=positive_int, default=64, metavar="PX", help="(default: %(default)s)")
+    add("-b", "--batch-size", type=positive_int, default=128, metavar="N",
+        help="(default: %(default)s)")
+    add("-j", "--workers", type=positive_int, default=2 if cpu else 4, metavar="N",
+        help="(default: %(default)s)")
+    add("--steps", type=positive_int, default=6 if cpu else 100, metavar="N",
+        help="of a round (default: %(default)s)")
     add("--compile", action="store_true", help="of the kit's model")
-    add("--only", nargs="+", choices=WORK, default=WORK, metavar="ROW", help=" ".join(WORK))
-    rounds.add_arguments(parser)
+    add("--only", nargs="+", choices=WORK, default=WORK, metavar="ROW",
+        help=f"{' '.join(WORK)} (default: all)")
+    # fmt: on
+    rounds.add_arguments(parser, positive_int)
     rounds.add_precision(parser)
     args = parser.parse_args()
 
@@ -229,6 +159,7 @@ def main() -> None:
     small = image_cache.small_side(folders.train.paths)
     stem = args.stem if image_model.has_stem(args.arch) else None
     spec = ModelSpec(args.arch, stem, len(folders.classes), args.image_size)
+    image_model.build_model(spec)  # or say what is wrong with it
     network = {"arch": spec.arch, "stem": spec.stem, "classes": spec.num_classes}
     sizes = [*("-b", args.batch_size), *("--image-size", args.image_size), *("-j", args.workers)]
     flags = [args.data, "-a", args.arch, *map(str, sizes), *["--compile"] * args.compile]
@@ -257,17 +188,18 @@ def main() -> None:
     notes = [
         f"{args.arch}, stem {stem}, {args.image_size} px, batch {args.batch_size}, {args.steps} "
         f"steps a round, {args.workers} workers; dataset {args.data}.",
-        "MB: peak memory above the imported libraries.",
+        "MB: peak memory above the imported libraries, without that of worker processes.",
     ]
     for work in [work for work in ("training", "validation") if work in args.only]:
         rows, loader = images(work)
-        flops = flops_per_image(work, network, args.image_size)
-        bound = {"work": work, "spec": list(spec), "batch": loader["batch_size"], "flops": flops}
+        flops = floors.flops_per_image(work, network, args.image_size)
+        bound = {"work": work, "network": network, "flops": flops}
+        bound |= {"batch": loader["batch_size"], "image_size": args.image_size}
         contestants = rounds.line_up(
             args.precision,
             (f"reference_image:{work}", {"loader": loader, "network": network}),
             ("resnet_throughput:kit", {"work": work, "flags": flags, "rows": rows}),
-            ("resnet_throughput:floor", bound),
+            ("floors:convolutions", bound),
         )
         results += rounds.measure([work], "images/s", contestants, args.rounds, flops)
     if {"training", "validation"} & set(args.only):
@@ -289,7 +221,7 @@ def main() -> None:
         results += rounds.measure(["loading"], "images/s", contestants, args.rounds)
         notes.append("loading: augmented batches, and no training; the cache is built once.")
     if "start" in args.only:
-        # Eight images, so that the first step itself takes next to nothing.
+        # Eight images, so that the step itself takes next to nothing.
         first = [*flags, "-b", "8", "-p", "1", "--seed", "0"]
         contestants = [
             Contestant("import torch", "reference_image:import_torch", {}, theirs),
@@ -299,9 +231,9 @@ def main() -> None:
         pairs = zip(kit_start.rounds, torch_alone.rounds, strict=True)
         results += [torch_alone._replace(peak_bytes=0), kit_start._replace(peak_bytes=0)]
         results.append(Row("start", "beyond importing torch", "s", [a - b for a, b in pairs], []))
-        notes.append("start: python resnet_main.py with a cached dataset, to its first step's end.")
-    rounds.report(results, notes, args)
+        notes.append("start: python resnet_main.py -b 8 with a cached dataset, to its first line.")
+    tables.report(results, notes, args)
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run_script(main)

@@ -1,4 +1,4 @@
-"""Contestants that take turns, each a process of its own, and the table of their figures.
+"""Contestants that take turns, each a process of its own.
 
 A measurement names functions of this folder's modules. `function(**options)` prepares a
 contestant and returns its `Round`, which does one round of work and returns its figures, one for
@@ -10,15 +10,15 @@ environment and its peak of memory, and keeps the reference free of the kit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +29,6 @@ HERE = Path(__file__).resolve().parent
 Round = Callable[[], list[float]]
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # of accelerate, and torch's names
 LESS_IS_BETTER = ("ms a word", "s")
-# Of a table after a row's name; the first is named by its unit.
-COLUMNS = (
-    *(("", 12), ("min", 12), ("max", 12)),
-    *(("× first", 9), ("min", 7), ("max", 7)),
-    *(("MB", 8), ("GFLOP/s", 9), ("of floor", 10)),
-)
 # What a shell may have left, and would make one contestant another.
 FOREIGN = ("ACCELERATE_", "THP_MEM_ALLOC_ENABLE")
 
@@ -68,7 +62,7 @@ def reference_environment() -> dict[str, str]:
 
 
 def kit_environment(precision: str) -> dict[str, str]:
-    """What `accelerate launch` gives a process that it starts on this machine."""
+    """What `accelerate launch` gives a process; the rest is the kit's own business."""
     return {"ACCELERATE_MIXED_PRECISION": precision, **reference_environment()}
 
 
@@ -96,7 +90,8 @@ def rate_after_first(sizes: Iterable[int]) -> float:
     rest = iter(sizes)
     next(rest)
     counts: list[int] = []
-    return 1 / seconds(lambda: counts.append(sum(rest))) * counts[0]
+    elapsed = seconds(lambda: counts.append(sum(rest)))
+    return counts[0] / elapsed
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -198,12 +193,14 @@ class _Child:
     def __init__(self, contestant: Contestant) -> None:
         self.contestant = contestant
         base = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
+        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
         path = os.pathsep.join([str(HERE), str(HERE.parent)])
         self.process = subprocess.Popen(
             [sys.executable, "-c", "import rounds; rounds.serve()", contestant.target],
             env={**base, **contestant.environment, "PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self.complaints,
             text=True,
         )
         self.ask(contestant.options)
@@ -212,40 +209,38 @@ class _Child:
         """Its options at first, and then nothing, once for every round."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has failed, and below says why
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "killed?"}
-        if "error" in answer:
-            sys.exit(f"{self.contestant.name} failed:\n{answer['error']}")
+        if not line:
+            self.complaints.seek(0)
+            code = self.process.wait()
+            sys.exit(f"{self.contestant.name}: exit code {code}\n{self.complaints.read()}")
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
 
 def serve() -> None:
     """The child's side: prepare, do a round to warm up, then one for every line of stdin."""
     answers = os.fdopen(os.dup(1), "w")
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)  # a training prints
-    os.dup2(nowhere, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a training prints
 
     def answer(content: dict[str, Any]) -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
-    try:
-        module, function = sys.argv[1].split(":")
-        prepare = getattr(importlib.import_module(module), function)
-        importlib.import_module("torch._dynamo")  # which torch's optimizers import when they step
-        libraries = _memory("VmRSS")
-        work: Round = prepare(**json.loads(sys.stdin.readline()))
-        work()
-        answer({})
-        for _ in sys.stdin:
-            figures = work()
-            peak = _memory("VmHWM") - libraries if on_cpu() else torch.cuda.max_memory_allocated()
-            answer({"figures": figures, "peak": peak})
-    except Exception:
-        answer({"error": traceback.format_exc()})
+    module, function = sys.argv[1].split(":")
+    prepare = getattr(importlib.import_module(module), function)
+    importlib.import_module("torch._dynamo")  # which torch's optimizers import when they step
+    libraries = _memory("VmRSS")
+    work: Round = prepare(**json.loads(sys.stdin.readline()))
+    work()
+    answer({})
+    for _ in sys.stdin:
+        figures = work()
+        peak = _memory("VmHWM") - libraries if on_cpu() else torch.cuda.max_memory_allocated()
+        answer({"figures": figures, "peak": peak})
 
 
 def _memory(field: str) -> int:
@@ -254,9 +249,9 @@ def _memory(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, number: Callable[[str], int]) -> None:
     """The flags that all benchmarks have."""
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=number, default=5, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there, too")
 
 
@@ -264,53 +259,6 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the kit"
     )
-
-
-def spread(figures: Sequence[float]) -> tuple[float, float, float]:
-    return statistics.median(figures), min(figures), max(figures)
-
-
-def report(rows: Sequence[Row], notes: Sequence[str], args: argparse.Namespace) -> None:
-    """Print tables, one a title, and write --json."""
-    machine = describe_machine()
-    print(", ".join(machine.values()))
-    for title in dict.fromkeys(row.title for row in rows):
-        table = [row for row in rows if row.title == title]
-        heads = "".join(f"{head or table[0].unit:>{width}}" for head, width in COLUMNS)
-        print(f"\n{title:24}{heads}")
-        for row in table:
-            digits = 2 if row.unit in LESS_IS_BETTER else 0
-            cells = [f"{figure:,.{digits}f}" for figure in spread(row.rounds)]
-            cells += [f"{ratio:.2f}" for ratio in spread(row.ratios)] if row.ratios else [""] * 3
-            cells.append(f"{row.peak_bytes / 1e6:,.0f}" if row.peak_bytes else "")
-            cells.append(f"{row.gflops:,.0f}" if row.gflops is not None else "")
-            cells.append(f"{row.of_floor:.0%}" if row.of_floor is not None else "")
-            padded = [f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)]
-            print(f"{row.name:24}{''.join(padded)}".rstrip())
-    print("\n" + "\n".join(notes))
-    if args.json:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        found = [
-            {
-                **row._asdict(),
-                "median": statistics.median(row.rounds),
-                "ratio": statistics.median(row.ratios) if row.ratios else None,
-            }
-            for row in rows
-        ]
-        content = {"machine": machine, "arguments": settings, "notes": list(notes), "rows": found}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def describe_machine() -> dict[str, str]:
-    name = platform.processor() or platform.machine()
-    if not on_cpu():
-        name = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line]
-        name = names[0].split(":")[1].strip() if names else name
-    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
-    return {"device": name, "threads": threads, "torch": f"torch {torch.__version__}"}
 
 
 def _say(text: str) -> None:

@@ -32,7 +32,7 @@ def brightness_model(threshold: int, classes: int = 3) -> dict[str, torch.Tensor
             tensor[0, 0, 3, 3] = 1
         elif "downsample.0" in name:
             tensor[0, 0] = 1
-    red, spread = float(MEAN[0, 0]), float(STD[0, 0])
+    red, spread = 255 * MEAN[0], 255 * STD[0]
     state["bn1.bias"][0] = red / spread  # back above zero, for the ReLU
     state["fc.weight"].zero_()
     state["fc.weight"][1, 0] = 5.0
@@ -95,7 +95,7 @@ def test_the_images_the_table_and_the_csv_are_those_known(folder: Path) -> None:
     assert (row["b_prediction"], row["b_name"]) == ("0", "cat")
     with torch.inference_mode():
         for model in "ab":
-            expected = (140 - THRESHOLDS[model]) / float(STD[0, 0]) * 5
+            expected = (140 - THRESHOLDS[model]) / (255 * STD[0]) * 5
             sure = torch.tensor(abs(expected)).sigmoid()
             assert float(row[f"{model}_probability"]) == pytest.approx(float(sure), abs=1e-3)
     sheet = Image.open(folder / "diff" / "contact_sheet.png")
