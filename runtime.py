@@ -104,7 +104,7 @@ def run_script(main: Callable[[], None]) -> None:
         if not dist.is_initialized():
             # Not kept from ending here by a parent that ignored it for the start.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(min(3 * get_int_from_env(["RANK"], 0), 30))
+            time.sleep(min(10 * get_int_from_env(["RANK"], 0), 30))
         if _is_first_to_speak():
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
         leave(EXIT_USER_ERROR)
