@@ -8,7 +8,7 @@ import pickle
 import shutil
 import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from files import whole_or_absent
-from runtime import UserError
+from runtime import Preemption, Stopped, UserError
 
 # Values in a checkpoint, where an ImageNet model has some thousands and a vocabulary of
 # WikiText-103 a quarter of a million: a small file can unfold into any number of them.
@@ -85,10 +85,12 @@ class Writer:
         self.newest = resumed and resumed.resolve()
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
+        self.place = ""
 
     def save(self, checkpoint: Mapping[str, Any], *copies: Path) -> None:
         """Copy `checkpoint` in memory, which takes its time from training, and write it later."""
         self.wait()
+        self.place = f"epoch {checkpoint.get('epoch')}, step {checkpoint.get('step')}"
         # Keeps tensors that share their memory together, as tied weights do.
         snapshot = copy.deepcopy(dict(checkpoint))
         self.thread = threading.Thread(target=self._write, args=(snapshot, copies))
@@ -113,6 +115,24 @@ class Writer:
         if self.thread is not None:
             self.thread.join()
         self.check()
+
+    def stop_if_asked(
+        self, accelerator: Accelerator, preemption: Preemption, save: Callable[[], None]
+    ) -> None:
+        """Where a run can end: all processes call this after each step.
+
+        Raises:
+            Stopped: when a signal came to any of them, once what `save` saves is on the disk.
+        """
+        self.check()
+        try:
+            preemption.check()
+        except Stopped:
+            save()
+            self.wait()
+            accelerator.wait_for_everyone()  # the first to leave has a launcher end the others
+            accelerator.print(f"=> {self.place}: saved to {self.latest}")
+            raise
 
     def __enter__(self) -> Writer:
         return self

@@ -279,6 +279,7 @@ def fit(
 
     def save(*copies: Path) -> None:
         """Every process calls this; the main one writes."""
+        refuse_overflow(model, run.sums, run.step)
         sums = run.sums.carry() if run.sums is not None else None
         hidden = [accelerator.gather(h.transpose(0, 1).contiguous()) for h in run.hidden]
         if accelerator.is_main_process:
@@ -301,17 +302,8 @@ def fit(
             )
 
     def end_of_step() -> None:
-        """Every process calls this, in training and validation: where a run can be stopped."""
-        writer.check()
-        try:
-            preemption.check()
-        except Stopped:
-            refuse_overflow(model, run.sums, run.step)
-            save()
-            writer.wait()
-            accelerator.wait_for_everyone()  # the first to leave has a launcher end the others
-            accelerator.print(f"=> epoch {run.epoch}, step {run.step}: saved to {args.latest}")
-            raise
+        """Every process calls this, in training and validation."""
+        writer.stop_if_asked(accelerator, preemption, save)
 
     curves = Curves(accelerator, args.log_dir, first_epoch=run.epoch + 1)
     try:
@@ -421,7 +413,6 @@ def train_epoch(
                             file=sys.stdout,
                         )
                 if args.checkpoint_every and run.step % args.checkpoint_every == 0:
-                    refuse_overflow(model, run.sums, run.step)
                     save()
                 end_of_step()
                 if args.dry_run:

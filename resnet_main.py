@@ -37,7 +37,6 @@ from image_model import ARCHITECTURES, DEFAULT_ARCH, DEFAULT_SIZE, DEFAULT_STEM,
 from metrics import Curves, Progress, RunningSums, Statistics, batch_sums, refuse_overflow
 from runtime import (
     Preemption,
-    Stopped,
     UserError,
     derive_seed,
     non_negative_float,
@@ -263,6 +262,7 @@ def fit(
 
     def save(*copies: Path) -> None:
         """Every process calls this; the main one writes."""
+        refuse_overflow(model, run.sums, run.step)
         sums = run.sums.carry() if run.sums is not None else None
         if accelerator.is_main_process:
             writer.save(
@@ -284,17 +284,8 @@ def fit(
             )
 
     def end_of_step() -> None:
-        """Every process calls this, in training and validation: where a run can be stopped."""
-        writer.check()
-        try:
-            preemption.check()
-        except Stopped:
-            refuse_overflow(model, run.sums, run.step)
-            save()
-            writer.wait()
-            accelerator.wait_for_everyone()  # the first to leave has a launcher end the others
-            accelerator.print(f"=> epoch {run.epoch}, step {run.step}: saved to {latest}")
-            raise
+        """Every process calls this, in training and validation."""
+        writer.stop_if_asked(accelerator, preemption, save)
 
     curves = Curves(accelerator, args.log_dir, first_epoch=run.epoch)
     has_best = best.exists()
@@ -422,7 +413,6 @@ def train_epoch(
                 progress.display(step, *run.sums.read())
             due = args.checkpoint_every and run.step % args.checkpoint_every == 0
             if due and run.step < len(loader):  # the epoch's end has a checkpoint of its own
-                refuse_overflow(model, run.sums, run.step)
                 save()
             end_of_step()
         refuse_overflow(model, run.sums, run.step)
