@@ -17,7 +17,7 @@ from rounds import LESS_IS_BETTER, Row
 # Of a table after a row's name; the first is named by its unit.
 COLUMNS = (
     *(("", 12), ("min", 12), ("max", 12)),
-    *(("× first", 9), ("min", 7), ("max", 7)),
+    *(("× first", 10), ("min", 9), ("max", 9)),
     *(("MB", 8), ("GFLOP/s", 9), ("of floor", 10)),
 )
 
