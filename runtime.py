@@ -102,8 +102,9 @@ def run_script(main: Callable[[], None]) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             error = UserError("the GPU's memory is full: use a smaller --batch-size")
         if not dist.is_initialized():
-            # Not kept from ending here by a parent that ignored it for the start.
+            # From one that left earlier, too: its SIGTERM may have had to wait for the start's end.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             time.sleep(min(10 * get_int_from_env(["RANK"], 0), 30))
         if _is_first_to_speak():
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
@@ -222,6 +223,8 @@ class Preemption:
         self.pending: tuple[torch.Tensor, Any] | None = None
         for signum in STOP_SIGNALS:
             signal.signal(signum, self._note)
+        # Blocked by cluster/slurm_task.sh: what came during the start comes now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
         if launched and sys.platform == "linux":
             pr_set_pdeathsig = 1  # of linux/prctl.h

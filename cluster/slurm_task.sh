@@ -4,9 +4,7 @@
 # No launcher stands in between: it would turn "stopped, resume me" (75) into a failure, and would die
 # of the warning before the time limit.
 
-# A signal while Python starts must not end the process, which would look like a failure: there is
-# nothing to save yet, and SLURM asks again, or ends the job and queues it by itself. The scripts
-# answer both once they can.
+# The process answers for this shell.
 trap '' USR1 TERM
 
 if [ "$SLURM_NTASKS" -gt 1 ]; then
@@ -22,7 +20,13 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
 
 script=$1
 shift
-python "$script" --resume auto "$@" # a --resume among the arguments comes later, and wins
+# A signal while Python loads its libraries must not end the process, which would look like a
+# failure: it is blocked, and so kept, until the script unblocks it.
+block="import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTERM])
+os.execvp('python', ['python', *sys.argv[1:]])"
+# A --resume among the arguments comes later, and wins.
+python -c "$block" "$script" --resume auto "$@"
 code=$?
 [ $code -eq 75 ] || exit $code
 

@@ -1,6 +1,7 @@
 """cluster/'s SLURM scripts as shipped, submitted to a real scheduler: make test-cluster."""
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +101,16 @@ def test_a_job_warned_and_then_preempted_ends_with_the_bits_of_an_undisturbed_on
     assert stopped == re.findall(r"=> loaded \S+ \(epoch (\d+), step (\d+)\)", job.output())
     assert len(stopped) == 2, job.describe()
     same_bits(tmp_path, undisturbed, "model.checkpoint.pt", "model.logs")
+
+
+def test_a_warning_while_python_starts_is_kept(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+    job = train(slurm, corpus, tmp_path, "--nodes 2 --cpus-per-task 1", "--epochs", 1)
+    wait_for(lambda: job["JobState"] == "RUNNING", job.describe, 60)
+    time.sleep(1)
+    slurm.run("scancel", "--signal=USR1", job.number)
+    assert job.wait_for_end() == "COMPLETED", job.describe()
+    assert job["Restarts"] == "1", job.describe()
+    assert "saved to" not in job.output()
 
 
 def test_the_time_limit_s_warning_leads_back_to_the_queue_and_cancelling_does_not(
