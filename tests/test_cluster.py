@@ -120,8 +120,9 @@ def test_the_time_limit_s_warning_leads_back_to_the_queue_and_cancelling_does_no
     # Of a limit shorter than two minutes the scheduler warns within half a minute.
     wait_for(lambda: job["Restarts"] == "1", job.describe, 90)
     slurm.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
-    job.wait_for_output("=> loaded ")
-    assert (job["JobState"], job["Restarts"]) == ("RUNNING", "1")
+    # Not for a checkpoint: on a busy machine the warning finds Python still starting.
+    wait_for(lambda: job["JobState"] == "RUNNING", job.describe, 90)
+    assert job["Restarts"] == "1"
     slurm.run("scancel", job.number)
     assert job.wait_for_end() == "CANCELLED", job.describe()
     assert job["Restarts"] == "1"
