@@ -98,6 +98,8 @@ def run_script(main: Callable[[], None]) -> None:
     script = Path(sys.argv[0]).name
     try:
         main()
+        # Not through the interpreter's end, where gloo's threads now and then abort the process.
+        leave(0)
     except (UserError, torch.OutOfMemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             error = UserError("the GPU's memory is full: use a smaller --batch-size")
