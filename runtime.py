@@ -209,6 +209,19 @@ def build_accelerator(deterministic: bool = True) -> Accelerator:
     return accelerator
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of large tensors for the next step, where it has the say.
+
+    It gives what exceeds 32 MB back to the kernel, which zeroes the pages of a language model's
+    logits anew in every step: a sixth of its time. (A ResNet would gain little and hold twice
+    the memory.)
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(m_mmap_threshold, 2**30)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
 class Preemption:
     """Lets SIGTERM, SIGINT and SIGUSR1 stop a training on all processes after the same step.
 

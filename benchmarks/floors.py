@@ -61,12 +61,12 @@ def products(work: str, rows: int, size: int, words: int, dtype: str, flops: flo
 def one_word(words: int, size: int, lengths: list[int]) -> Round:
     """Milliseconds of the decoder's product with the features of one word, for each length."""
     device, repeats = rounds.device(), 200
-    weight, features = torch.randn(words, size, device=device), torch.randn(1, size, device=device)
+    weight, features = torch.randn(size, words, device=device), torch.randn(1, size, device=device)
     logits = torch.empty(1, words, device=device)
 
     def multiply() -> None:
         for _ in range(repeats):
-            torch.mm(features, weight.t(), out=logits)
+            torch.mm(features, weight, out=logits)
 
     return lambda: [1000 * rounds.seconds(multiply) / repeats] * len(lengths)
 

@@ -165,7 +165,26 @@ def test_the_exported_graph_computes_what_the_model_does(model: str, tmp_path: P
         np.testing.assert_allclose(a, b.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("count", [3, 140, 301])
+@pytest.mark.parametrize(("count", "words"), [(1, 40), (30, 33278), (301, 5000)])
+def test_the_loss_of_float32_is_cross_entropys_to_the_bit(count: int, words: int) -> None:
+    """In parts of 21 rows, of 140, and in one."""
+    torch.manual_seed(0)
+    decoder = nn.Linear(16, words)
+    features = torch.randn(count, 1, 16, requires_grad=True)
+    targets = torch.randint(words, (count,))
+    ours = lm_model.loss(features, decoder, targets)
+    plain = F.cross_entropy(decoder(features).flatten(0, 1), targets)
+    with torch.inference_mode():
+        assert lm_model.loss(features, decoder, targets) == ours
+    assert ours == plain
+    inputs = [features, decoder.weight, decoder.bias]
+    for mine, autograds in zip(
+        *(torch.autograd.grad(x, inputs) for x in (ours, plain)), strict=True
+    ):
+        assert torch.equal(mine, autograds)
+
+
+@pytest.mark.parametrize("count", [3, 140, 3001])
 def test_the_loss_of_bf16_is_autocasts_with_gradients_as_good(count: int) -> None:
     """Against float32: it may be no further from it than an autocast linear layer is."""
     torch.manual_seed(0)
