@@ -102,7 +102,7 @@ def generate(
         if args.top_k is not None and args.top_k < len(logits):
             logits[logits < logits.topk(args.top_k).values[-1]] = -torch.inf
         # Not torch.multinomial, which draws a number for every word of the vocabulary.
-        likelihood = logits.softmax(0, dtype=torch.float64).cumsum(0)
+        likelihood = logits.softmax(0).cumsum(0, dtype=torch.float64)
         drawn = torch.rand(1, dtype=torch.float64, generator=generator) * likelihood[-1]
         words = [int(torch.searchsorted(likelihood, drawn, right=True))]
         yield words[0]

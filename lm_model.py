@@ -76,7 +76,7 @@ class _CachedLoss(torch.autograd.Function):
         ctx: Any,
         features: torch.Tensor,
         weight: torch.Tensor,
-        bias: torch.Tensor,
+        bias: torch.Tensor | None,
         targets: torch.Tensor,
         trains: bool,
     ) -> torch.Tensor:
@@ -88,14 +88,17 @@ class _CachedLoss(torch.autograd.Function):
             # The -1 of a word that came is exact; -1 / rows would be rounded, alike in every row.
             inner, ctx.outer = 1.0, 1 / len(features)
         else:
-            matrix, bias = F.linear(features, weight, bias), torch.zeros(())
+            matrix, bias = F.linear(features, weight, bias), None
             inner, ctx.outer = 1 / len(features), 1.0
         losses = torch.empty(len(features))
         share = torch.full_like(losses, inner)
         rows = max(1, _CachedLoss.CACHED // len(weight))
         for part in (slice(first, first + rows) for first in range(0, len(features), rows)):
+            logits = matrix[part].float()
+            if bias is not None:
+                logits += bias
             with torch.enable_grad():
-                logits = (matrix[part] + bias).detach().requires_grad_(trains)
+                logits = logits.detach().requires_grad_(trains)
                 loss = F.cross_entropy(logits, targets[part], reduction="none")
                 if trains:
                     (matrix[part],) = torch.autograd.grad(loss, logits, share[part])

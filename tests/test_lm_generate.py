@@ -112,6 +112,27 @@ def test_the_likeliest_word_alone_follows_a_prompt(models: Path) -> None:
     assert generate(models, "LSTM", "--top-k", 999) == generate(models, "LSTM")
 
 
+def test_words_are_drawn_as_often_as_they_are_likely() -> None:
+    class Fixed(Reader):
+        def __init__(self) -> None:
+            pass
+
+        def read(self, words: list[int]) -> torch.Tensor:
+            return torch.tensor([0, 0.4, 0.1, 0, 0.5, 0]).log()
+
+    count = 20_000
+    for temperature, expected in ((1.0, [0.4, 0.1, 0.5]), (0.5, [0.16, 0.01, 0.25])):
+        args = lm_generate.parse_arguments(
+            ["--words", str(count), "--temperature", str(temperature)]
+        )
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.tensor(list(lm_generate.generate(Fixed(), [0], generator, args)))
+        found = drawn.bincount(minlength=6) / count
+        assert found[[0, 3, 5]].sum() == 0
+        shares = torch.tensor(expected) / sum(expected)
+        torch.testing.assert_close(found[[1, 2, 4]], shares, rtol=0, atol=0.02)
+
+
 def test_unknown_words_of_a_prompt_are_named(models: Path) -> None:
     flags = ("--checkpoint", "GRU.pt", "--words", 9, "--outf", "-", "--prompt")
     result = run("lm_generate.py", *flags, "word3 colourless green", cwd=models)
