@@ -95,7 +95,11 @@ class Reader:
 def generate(
     reader: Reader, start: list[int], generator: torch.Generator, args: argparse.Namespace
 ) -> Iterator[int]:
-    """Yield `args.words` words that follow `start`."""
+    """Yield `args.words` words that follow `start`.
+
+    Raises:
+        UserError: when the model's logits are not finite.
+    """
     words = start
     for _ in range(args.words):
         logits = reader.read(words).cpu() / args.temperature
@@ -103,6 +107,11 @@ def generate(
             logits[logits < logits.topk(args.top_k).values[-1]] = -torch.inf
         # Not torch.multinomial, which draws a number for every word of the vocabulary.
         likelihood = logits.softmax(0).cumsum(0, dtype=torch.float64)
+        if likelihood[-1].isnan():
+            raise UserError(
+                f"checkpoint {args.checkpoint}: its weights give no finite likelihoods: the "
+                "training diverged; use an earlier checkpoint, or train with a lower --lr"
+            )
         drawn = torch.rand(1, dtype=torch.float64, generator=generator) * likelihood[-1]
         words = [int(torch.searchsorted(likelihood, drawn, right=True))]
         yield words[0]

@@ -198,6 +198,8 @@ def test_bad_input_is_one_line_and_touches_nothing(models: Path) -> None:
     (models / "text").write_text("before")
     content = torch.load(models / "Transformer.pt", weights_only=True)
     torch.save({**content, "nhead": 3}, models / "heads.pt")
+    content["state_dict"]["decoder.weight"][3] = torch.nan
+    torch.save(content, models / "nan.pt")
     torch.save({"arch": "resnet18", "state_dict": {"a": torch.ones(2)}}, models / "image.pt")
     cases: dict[tuple[object, ...], str] = {
         ("--temperature", 0.0009): "--temperature: must be at least 1e-3, not 0.0009",
@@ -208,6 +210,7 @@ def test_bad_input_is_one_line_and_touches_nothing(models: Path) -> None:
         ("--checkpoint", "none.pt"): "none.pt: no such file",
         ("--checkpoint", "image.pt"): "image.pt: holds the image model resnet18",
         ("--checkpoint", "heads.pt"): "heads.pt: --emsize 8 cannot be divided by --nhead 3",
+        ("--checkpoint", "nan.pt"): "nan.pt: its weights give no finite likelihoods",
         ("--checkpoint", "GRU.pt", "--outf", "set"): "--outf set: is a directory",
         ("--checkpoint", "GRU.pt", "--outf", "text/x"): "cannot write to text: File exists",
     }
