@@ -60,6 +60,24 @@ def check_spec(spec: ModelSpec, bptt: int) -> None:
         raise UserError(f"--bptt {bptt}: the Transformer has {MAX_POSITIONS} positions")
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout by 16 random bits an element, of which torch's takes 64, one at a time, on a CPU.
+
+    p is rounded to a multiple of 2**-16 there, and what is kept scaled by that. The result does
+    not depend on the number of threads.
+    """
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        dropped = round(self.p * 2**16)
+        on_cpu = features.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (self.training and on_cpu and 0 < dropped < 2**16):
+            return super().forward(features)
+        count = features.numel()
+        draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+        kept = draws.view(torch.int16)[:count].view_as(features) >= dropped - 2**15
+        return features * kept.to(features.dtype).mul_(2**16 / (2**16 - dropped))
+
+
 class _CachedLoss(torch.autograd.Function):
     """Mean cross entropy of a linear layer on a CPU, with one matrix where autograd has four.
 
@@ -85,36 +103,48 @@ class _CachedLoss(torch.autograd.Function):
             # The bias is a column more, whose feature is 1: as F.linear's it made this product
             # three times as slow in bf16.
             features = F.pad(features.to(precision), (0, 1), value=1.0)
-            weight = torch.cat([weight.to(precision), bias.to(precision)[:, None]], 1)
+            columns = weight.new_empty(len(weight), features.shape[1], dtype=precision)
+            columns[:, :-1], columns[:, -1] = weight, bias
+            weight = columns
             matrix = F.linear(features, weight)
-            # The -1 of a word that came is exact; -1 / rows would be rounded, alike in every row.
-            inner, ctx.outer = 1.0, 1 / len(features)
         else:
             matrix = F.linear(features, weight, bias)
-            inner, ctx.outer = 1 / len(features), 1.0
         losses = torch.empty(len(features))
-        share = torch.full_like(losses, inner)
-        rows = max(1, _CachedLoss.CACHED // len(weight))
+        share = torch.full_like(losses, 1 / len(losses))
+        threads = torch.get_num_threads()  # which share the rows
+        rows = threads * max(1, _CachedLoss.CACHED // (threads * len(weight)))
         for part in (slice(first, first + rows) for first in range(0, len(features), rows)):
-            with torch.enable_grad():
-                logits = matrix[part].float().detach().requires_grad_(trains)
-                loss = F.cross_entropy(logits, targets[part], reduction="none")
-                if trains:
-                    (matrix[part],) = torch.autograd.grad(loss, logits, share[part])
-            losses[part] = loss.detach()
-        ctx.save_for_backward(features, weight, matrix)
+            logits, word = matrix[part].float(), targets[part, None]
+            if not trains:
+                losses[part] = F.cross_entropy(logits, targets[part], reduction="none")
+            elif matrix.dtype == torch.float32:
+                with torch.enable_grad():
+                    logits = logits.detach().requires_grad_()
+                    loss = F.cross_entropy(logits, targets[part], reduction="none")
+                (matrix[part],) = torch.autograd.grad(loss, logits, share[part])
+                losses[part] = loss.detach()
+            else:
+                # Two thirds of autograd's time, in another order of rounding. The logarithm is of
+                # the greatest likelihood, which is never zero as the word's own may be.
+                likelihood = logits.softmax(1)
+                total = logits.amax(1, True) - likelihood.amax(1, True).log()
+                losses[part, None] = total - logits.gather(1, word)
+                # -1 is exact; -1 / rows would be rounded, alike in every row.
+                matrix[part] = likelihood.scatter_(1, word, -1.0, reduce="add")
         # As F.cross_entropy sums them, to the bit.
-        return F.nll_loss(-losses[:, None], torch.zeros_like(targets))
+        loss = F.nll_loss(-losses[:, None], torch.zeros_like(targets))
+        ctx.save_for_backward(features, weight, matrix)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         features, weight, by_logits = ctx.saved_tensors
         by_features, by_weight = by_logits @ weight, by_logits.t() @ features
         if by_logits.dtype == torch.float32:
-            found = by_features, by_weight, by_logits.sum(0)
+            found, share = (by_features, by_weight, by_logits.sum(0)), gradients[0]
         else:
             found = by_features[:, :-1], by_weight[:, :-1], by_weight[:, -1]
-        share = gradients[0] * ctx.outer
+            share = gradients[0] / len(by_logits)
         return *(gradient.float().mul_(share) for gradient in found), None, None
 
 
@@ -174,7 +204,7 @@ class RecurrentModel(LanguageModel):
 
     def __init__(self, spec: ModelSpec, dropout: float) -> None:
         super().__init__()
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.encoder = nn.Embedding(spec.words, spec.emsize)
         kind = {"LSTM": nn.LSTM, "GRU": nn.GRU}.get(spec.model, nn.RNN)
         options = {"nonlinearity": spec.model[4:].lower()} if kind is nn.RNN else {}
@@ -209,7 +239,7 @@ class PositionalEncoding(nn.Module):
 
     def __init__(self, size: int, dropout: float) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         position = torch.arange(MAX_POSITIONS, dtype=torch.float)[:, None]
         rate = torch.exp(torch.arange(0, size, 2).float() * (-math.log(10000.0) / size))
         pairs = torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=2)
@@ -240,6 +270,8 @@ class TransformerModel(LanguageModel):
                 dim_feedforward=spec.nhid,
                 dropout=dropout,
             ).encoder
+        for layer in self.encoder.layers:
+            layer.dropout, layer.dropout1, layer.dropout2 = (Dropout(dropout) for _ in range(3))
         self.pos_encoder = PositionalEncoding(spec.emsize, dropout)
         embedding = nn.Embedding(spec.words, spec.emsize)
         self.decoder = nn.Linear(spec.emsize, spec.words)

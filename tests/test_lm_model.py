@@ -129,6 +129,30 @@ def test_dropout_reaches_every_layer() -> None:
         assert rates == {0.37}, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.99])
+def test_dropout_drops_its_share_scales_the_rest_and_repeats(p: float, dtype: torch.dtype) -> None:
+    dropout = lm_model.Dropout(p)
+    features = torch.ones(301, 333, dtype=dtype, requires_grad=True)  # 100,233: no multiple of 4
+    torch.manual_seed(1)
+    dropped = dropout(features)
+    dropped.sum().backward()
+    assert dropped.dtype == dtype
+    assert features.grad is not None
+    assert torch.equal(features.grad, dropped)
+    kept = dropped[dropped != 0]
+    assert kept.unique().tolist() == pytest.approx([1 / (1 - p)], rel=0.01)
+    deviation = math.sqrt(p * (1 - p) / features.numel())
+    assert len(kept) / features.numel() == pytest.approx(1 - p, abs=4 * deviation)
+    # Neighbours, which share a random number, are dropped independently.
+    pairs = (dropped.flatten()[:-1] != 0) & (dropped.flatten()[1:] != 0)
+    assert pairs.float().mean().item() == pytest.approx((1 - p) ** 2, abs=6 * deviation)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(features), dropped)
+    assert not torch.equal(dropout(features), dropped)
+    assert dropout.eval()(features) is features
+
+
 def test_sizes_that_do_not_go_together_are_refused() -> None:
     base = spec("Transformer")
     for wrong, message in (
@@ -167,7 +191,7 @@ def test_the_exported_graph_computes_what_the_model_does(model: str, tmp_path: P
 
 @pytest.mark.parametrize(("count", "words"), [(1, 40), (30, 33278), (301, 5000)])
 def test_the_loss_of_float32_is_cross_entropys_to_the_bit(count: int, words: int) -> None:
-    """In parts of 21 rows, of 140, and in one."""
+    """In parts of some 20 rows, of 140, and in one."""
     torch.manual_seed(0)
     decoder = nn.Linear(16, words)
     features = torch.randn(count, 1, 16, requires_grad=True)
@@ -199,10 +223,11 @@ def test_the_loss_of_bf16_is_autocasts_with_gradients_as_good(count: int) -> Non
     with torch.autocast("cpu", torch.bfloat16):
         ours = lm_model.loss(features, decoder, targets)
         with torch.no_grad():
-            assert lm_model.loss(features, decoder, targets) == ours
+            evaluated = lm_model.loss(features, decoder, targets)
         plain = F.cross_entropy(decoder(features).flatten(0, 1).float(), targets)
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(exact.item(), rel=1e-3)
+    assert ours.item() == pytest.approx(evaluated.item(), rel=1e-6)
     rows = zip(*map(gradients, (exact, ours, plain)), strict=True)
     for right, mine, autocasts in rows:
         assert (mine - right).norm() <= 1.1 * (autocasts - right).norm()
