@@ -206,6 +206,9 @@ def build_accelerator(deterministic: bool = True) -> Accelerator:
             f"{asked} processes were asked for and {accelerator.num_processes} joined: launch with "
             "accelerate launch --config_file accelerate_configs/… or with torchrun"
         )
+    if _emulates_bf16(accelerator):
+        # oneDNN's LSTM fails there; torch's own computes, and no layer is slower for it.
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property
     return accelerator
 
 
@@ -310,15 +313,23 @@ def describe_run(accelerator: Accelerator) -> str:
     if accelerator.mixed_precision == "no" and _has_fast_bf16(device):
         line += "\n=> bf16 would be much faster on this device: accelerate launch --config_file "
         line += f"accelerate_configs/{'cpu_bf16' if device.type == 'cpu' else 'gpu1'}.yaml …"
+    if _emulates_bf16(accelerator):
+        line += "\n=> this CPU has no instructions for bf16 and is many times slower in it than in "
+        line += "float32: accelerate launch --mixed_precision no …"
     return line
 
 
 def _has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Others emulate it, many times slower than float32.
     has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(device.type == "cpu" and has_units)
+
+
+def _emulates_bf16(accelerator: Accelerator) -> bool:
+    """Whether bf16 takes a CPU 6 (convolutions) to 150 times (products) as long as float32."""
+    asked = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu"
+    return asked and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -1,6 +1,7 @@
 """Never fewer processes than asked, and never silently."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,23 @@ def test_a_launcher_that_starts_one_of_four_processes_is_refused(tmp_path: Path)
     )
     result = launch(str(config), "resnet_main.py", "sample", cwd=tmp_path)
     assert "asked for several CPU processes and started one" in result.err
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="knows the flags of x86 CPUs")
+@pytest.mark.parametrize("config", ["cpu.yaml", "cpu_bf16.yaml"])
+def test_every_cpu_trains_in_both_precisions_and_hears_of_the_faster(
+    config: str, tmp_path: Path
+) -> None:
+    """An LSTM on two threads, which is oneDNN's, and failed where that does not know bf16."""
+    flags = ("--data", "sample", "--emsize", 8, "--nhid", 8, "--dry-run")
+    result = launch(config, "lm_main.py", *flags, cwd=tmp_path, env={"OMP_NUM_THREADS": "2"})
+    assert result.code == 0, result
+    lscpu = set(Path("/proc/cpuinfo").read_text().split())
+    native = bool(lscpu & {"avx512_bf16", "amx_bf16"})
+    advice = "--config_file accelerate_configs/cpu_bf16.yaml" in result.out
+    assert advice == (native and config == "cpu.yaml")
+    warning = "=> this CPU has no instructions for bf16" in result.out
+    assert warning == (not lscpu & {"avx512bw", "avx_ne_convert"} and config == "cpu_bf16.yaml")
 
 
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
