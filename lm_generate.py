@@ -88,8 +88,8 @@ class Reader:
         if not self.hidden:
             words = self.context = [*self.context, *words][-self.window :]
         tokens = torch.tensor(words, device=self.model.decoder.weight.device)[:, None]
-        features, self.hidden = self.model.features(tokens, self.hidden)
-        return features[-1, 0] @ self.columns + self.model.decoder.bias
+        features, self.hidden = self.model.last_features(tokens, self.hidden)
+        return torch.addmm(self.model.decoder.bias, features, self.columns)[0]
 
 
 def generate(

@@ -97,6 +97,21 @@ def test_a_word_does_not_see_those_after_it(model: str, training: bool) -> None:
     assert not torch.isclose(outputs[0][5:], outputs[1][5:]).all(2).any()
 
 
+@pytest.mark.parametrize("nlayers", [1, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_last_features_are_those_of_all(model: str, nlayers: int) -> None:
+    built = build_model(spec(model)._replace(nlayers=nlayers), dropout=0.5).eval()
+    with torch.no_grad():
+        for parameter in built.parameters():  # norms and biases, too, are all alike at first
+            parameter.normal_(0, 0.3)
+    for length in (1, 9):
+        tokens, before = torch.randint(WORDS, (length, 3)), built.initial_hidden(3)
+        last, hidden = built.last_features(tokens, before)
+        features, expected = built.features(tokens, before)
+        torch.testing.assert_close(last, features[-1])
+        torch.testing.assert_close(hidden, expected)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_the_loss_is_the_mean_over_words_and_the_hidden_state_has_no_history(model: str) -> None:
     built = build_model(spec(model), dropout=0.0)
