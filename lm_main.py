@@ -128,7 +128,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     accelerator = runtime.build_accelerator()
-    runtime.keep_freed_memory()
+    runtime.keep_freed_memory(2**30)  # the logits are the largest
     preemption = Preemption(accelerator)
     accelerator.print(runtime.describe_run(accelerator))
     for flag in ("cuda", "accel"):

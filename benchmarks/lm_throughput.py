@@ -50,7 +50,7 @@ def kit(
 ) -> Round:
     """Tokens a second, set up as lm_main.main and lm_main.fit do."""
     accelerator = runtime.build_accelerator()
-    runtime.keep_freed_memory()
+    runtime.keep_freed_memory(2**30)
     flags = ["--model", model, "--batch-size", str(columns), "--bptt", str(bptt)]
     args = lm_main.parse_arguments([*flags, "--lr", str(reference_lm.LR[model])])
     lm_main.settle(args, {}, accelerator)
