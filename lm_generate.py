@@ -166,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     window = checkpoints.value(content, "bptt", int, args.checkpoint) or DEFAULT_BPTT
+    torch.backends.mkldnn.set_flags(False)  # oneDNN's LSTM takes one word four times as long
     reader = Reader(model, min(max(window, 1), lm_model.MAX_POSITIONS))
 
     generator = torch.Generator().manual_seed(args.seed)

@@ -208,7 +208,7 @@ def build_accelerator(deterministic: bool = True) -> Accelerator:
         )
     if _emulates_bf16(accelerator):
         # oneDNN's LSTM fails there; torch's own computes, and no layer is slower for it.
-        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property
+        torch.backends.mkldnn.set_flags(False)
     return accelerator
 
 

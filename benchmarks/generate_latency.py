@@ -39,6 +39,7 @@ def kit(model: str, sizes: dict[str, int], lengths: list[int]) -> Round:
     """Milliseconds a word of one text, when it has come to each of the `lengths`."""
     network = lm_model.build_model(spec_of(model, sizes), dropout=0.0).eval().to(rounds.device())
     args = lm_generate.parse_arguments(["--words", str(max(lengths))])
+    torch.backends.mkldnn.set_flags(False)  # as lm_generate.main
 
     def measured() -> list[float]:
         figures = []
