@@ -297,7 +297,7 @@ class TransformerModel(LanguageModel):
         return self.encoder(embedded, mask=mask, is_causal=True), hidden
 
     def last_features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
-        """The uppermost layer computes no other position: a sixth of the time of two layers."""
+        """The uppermost layer computes no other position: a sixth of the time of two saved."""
         x, mask = self.embed(tokens)
         *lower, top = self.encoder.layers
         for layer in lower:

@@ -215,18 +215,18 @@ def build_accelerator(deterministic: bool = True) -> Accelerator:
 def keep_freed_memory(largest: int) -> None:
     """Have glibc keep the memory of freed tensors for the next step, where it has the say.
 
-    It gives each back to the kernel, which zeroes the pages anew in every step: a sixth of a
-    language model's time, a third of the image loader's.
+    Aligned to huge pages, it would give each back to the kernel, which zeroes the pages anew in
+    every step: a sixth of a language model's time, a third of the image loader's.
 
     Args:
-        largest: bytes of a tensor whose memory is kept, and a sixteenth of all that is. Older
-            versions know no more than 2**25.
+        largest: bytes of a tensor whose memory is kept; in all, twice as many. 2**25 is where
+            glibc's own threshold ends, and the most that older versions accept.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         if not mallopt(m_mmap_threshold, largest):
             mallopt(m_mmap_threshold, 2**25)
-        mallopt(m_trim_threshold, min(16 * largest, 2**31 - 1))
+        mallopt(m_trim_threshold, min(2 * largest, 2**31 - 1))
 
 
 class Preemption:
@@ -331,9 +331,13 @@ def _has_fast_bf16(device: torch.device) -> bool:
 
 
 def _emulates_bf16(accelerator: Accelerator) -> bool:
-    """Whether bf16 takes a CPU 6 (convolutions) to 150 times (products) as long as float32."""
+    """Whether oneDNN knows no bf16 on a CPU (on x86, without AVX512).
+
+    It then takes 6 (convolutions) to 150 times (products) as long as float32.
+    """
     asked = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu"
-    return asked and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    knows = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    return asked and torch.backends.mkldnn.is_available() and not knows()
 
 
 def derive_seed(*parts: int | str) -> int:

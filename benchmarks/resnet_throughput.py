@@ -47,7 +47,7 @@ LOADING_STEPS = 40  # at least, of a round: loading alone is quick
 def kit(work: str, flags: list[str], rows: list[int]) -> Round:
     """Images a second over those of number `rows`, set up as resnet_main.main and fit do."""
     accelerator = runtime.build_accelerator(deterministic=False)
-    runtime.keep_freed_memory(2**24)
+    runtime.keep_freed_memory(2**25)
     args = resnet_main.parse_arguments(flags)
     image_checkpoint.settle(args, {}, accelerator)
     args.seed = 0
