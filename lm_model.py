@@ -131,10 +131,9 @@ class _CachedLoss(torch.autograd.Function):
                 losses[part, None] = total - logits.gather(1, word)
                 # -1 is exact; -1 / rows would be rounded, alike in every row.
                 matrix[part] = likelihood.scatter_(1, word, -1.0, reduce="add")
-        # As F.cross_entropy sums them, to the bit.
-        loss = F.nll_loss(-losses[:, None], torch.zeros_like(targets))
         ctx.save_for_backward(features, weight, matrix)
-        return loss
+        # As F.cross_entropy sums them, to the bit.
+        return F.nll_loss(-losses[:, None], torch.zeros_like(targets))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -336,8 +336,9 @@ def _emulates_bf16(accelerator: Accelerator) -> bool:
     It then takes 6 (convolutions) to 150 times (products) as long as float32.
     """
     asked = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu"
-    knows = torch.ops.mkldnn._is_mkldnn_bf16_supported
-    return asked and torch.backends.mkldnn.is_available() and not knows()
+    if not (asked and torch.backends.mkldnn.is_available()):
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def derive_seed(*parts: int | str) -> int:
