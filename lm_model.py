@@ -124,11 +124,13 @@ class _CachedLoss(torch.autograd.Function):
                 (matrix[part],) = torch.autograd.grad(loss, logits, share[part])
                 losses[part] = loss.detach()
             else:
-                # Two thirds of autograd's time, in another order of rounding. The logarithm is of
-                # the greatest likelihood, which is never zero as the word's own may be.
+                # Two thirds of autograd's time, in another order of rounding.
                 likelihood = logits.softmax(1)
-                total = logits.amax(1, True) - likelihood.amax(1, True).log()
-                losses[part, None] = total - logits.gather(1, word)
+                chosen = likelihood.gather(1, word)
+                if chosen.min() > torch.finfo(torch.float32).tiny:
+                    losses[part, None] = -chosen.log()
+                else:  # fewer digits, or zero
+                    losses[part] = F.cross_entropy(logits, targets[part], reduction="none")
                 # -1 is exact; -1 / rows would be rounded, alike in every row.
                 matrix[part] = likelihood.scatter_(1, word, -1.0, reduce="add")
         ctx.save_for_backward(features, weight, matrix)

@@ -248,5 +248,10 @@ def test_the_loss_of_bf16_is_autocasts_with_gradients_as_good(count: int) -> Non
         assert (mine - right).norm() <= 1.1 * (autocasts - right).norm()
     # Logits beyond float32's exp, and one that is not a number.
     with torch.autocast("cpu", torch.bfloat16):
-        assert lm_model.loss(1000 * features, decoder, targets).isfinite()
+        for factor in (100, 1000):
+            beyond = lm_model.loss(factor * features, decoder, targets)
+            with torch.no_grad():
+                evaluated = lm_model.loss(factor * features, decoder, targets)
+            assert 40 < evaluated < math.inf
+            assert beyond.item() == pytest.approx(evaluated.item(), rel=1e-6)
         assert lm_model.loss(math.nan * features, decoder, targets).isnan()
