@@ -206,7 +206,7 @@ def build_accelerator(deterministic: bool = True) -> Accelerator:
             f"{asked} processes were asked for and {accelerator.num_processes} joined: launch with "
             "accelerate launch --config_file accelerate_configs/… or with torchrun"
         )
-    if _emulates_bf16(accelerator):
+    if accelerator.mixed_precision == "bf16" and emulates_bf16(accelerator.device):
         # oneDNN's LSTM fails there; torch's own computes, and no layer is slower for it.
         torch.backends.mkldnn.set_flags(False)
     return accelerator
@@ -317,7 +317,7 @@ def describe_run(accelerator: Accelerator) -> str:
     if accelerator.mixed_precision == "no" and _has_fast_bf16(device):
         line += "\n=> bf16 would be much faster on this device: accelerate launch --config_file "
         line += f"accelerate_configs/{'cpu_bf16' if device.type == 'cpu' else 'gpu1'}.yaml …"
-    if _emulates_bf16(accelerator):
+    if accelerator.mixed_precision == "bf16" and emulates_bf16(accelerator.device):
         line += "\n=> this CPU has no instructions for bf16 and is many times slower in it than in "
         line += "float32: accelerate launch --mixed_precision no …"
     return line
@@ -330,13 +330,12 @@ def _has_fast_bf16(device: torch.device) -> bool:
     return bool(device.type == "cpu" and has_units)
 
 
-def _emulates_bf16(accelerator: Accelerator) -> bool:
-    """Whether oneDNN knows no bf16 on a CPU (on x86, without AVX512).
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether it is a CPU on which oneDNN knows no bf16 (on x86, one without AVX512).
 
     It then takes 6 (convolutions) to 150 times (products) as long as float32.
     """
-    asked = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu"
-    if not (asked and torch.backends.mkldnn.is_available()):
+    if not (device.type == "cpu" and torch.backends.mkldnn.is_available()):
         return False
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -361,7 +360,7 @@ def agree_on_seed(accelerator: Accelerator, seed: int | None) -> int:
 
 
 def use_deterministic_kernels(deterministic: bool) -> None:
-    """As the original: a seeded run repeats to the bit on a GPU, an unseeded one is faster."""
+    """cuDNN's, as in the original: those of a seeded run repeat to the bit, others are faster."""
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
 

@@ -92,7 +92,7 @@ def main() -> None:
     add("--compile", action="store_true", help="of the kit's model")
     # fmt: on
     rounds.add_arguments(parser, positive_int)
-    rounds.add_precision(parser)
+    rounds.add_precision(parser, bf16=not runtime.emulates_bf16(rounds.device()))
     args = parser.parse_args()
 
     sizes = {name: getattr(args, name) for name in reference_lm.SIZES}

@@ -111,8 +111,8 @@ def validation(loader: dict[str, Any], network: dict[str, Any]) -> Round:
 
 def loading(loader: dict[str, Any]) -> Round:
     """Augmented images a second, from the first batch on: starting the workers is not loading."""
-    batches = image_loader(**loader)
-    return lambda: [rounds.rate_after_first(len(images) for images, _ in batches)]
+    device, batches = rounds.device(), image_loader(**loader)
+    return lambda: [rounds.rate_after_first(len(images.to(device)) for images, _ in batches)]
 
 
 def import_torch() -> Round:

@@ -153,7 +153,7 @@ def main() -> None:
         help=f"{' '.join(WORK)} (default: all)")
     # fmt: on
     rounds.add_arguments(parser, positive_int)
-    rounds.add_precision(parser)
+    rounds.add_precision(parser, bf16=not runtime.emulates_bf16(rounds.device()))
     args = parser.parse_args()
 
     folders = image_data.find_images(image_sources.resolve(args.data, download=False))
@@ -222,8 +222,9 @@ def main() -> None:
         results += rounds.measure(["loading"], "images/s", contestants, args.rounds)
         notes.append("loading: augmented batches, and no training; the cache is built once.")
     if "start" in args.only:
-        # Eight images, so that the step itself takes next to nothing.
-        first = [*flags, "-b", "8", "-p", "1", "--seed", "0"]
+        # Eight images and no compiler, so that the step itself takes next to nothing.
+        first = [flag for flag in flags if flag != "--compile"]
+        first += ["-b", "8", "-p", "1", "--seed", "0"]
         contestants = [
             Contestant("import torch", "reference_image:import_torch", {}, theirs),
             Contestant("kit's first step", "resnet_throughput:start", {"flags": first}, own),

@@ -255,9 +255,14 @@ def add_arguments(parser: argparse.ArgumentParser, number: Callable[[str], int])
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there, too")
 
 
-def add_precision(parser: argparse.ArgumentParser) -> None:
+def add_precision(parser: argparse.ArgumentParser, bf16: bool) -> None:
+    """By default both precisions, or float32 alone on a device that takes hours in bf16."""
     parser.add_argument(
-        "--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the kit"
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=list(PRECISIONS) if bf16 else ["no"],
+        help="of the kit (default: %(default)s)",
     )
 
 
