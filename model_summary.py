@@ -1,8 +1,11 @@
-"""Print a classifier's layers with their sizes, its parameters, arithmetic and memory.
+"""Print a classifier's layers and their sizes, its parameters, arithmetic and memory.
 
-python model_summary.py                       # what resnet_main.py trains by default
-python model_summary.py -a resnet50 --stem stock
-python model_summary.py --checkpoint output/resnet/model_best.pth --json
+    python model_summary.py                       # what resnet_main.py trains by default
+    python model_summary.py -a resnet50 --stem stock
+    python model_summary.py --checkpoint output/resnet/model_best.pth --json
+
+The default, a ResNet-18 for 64 px: 11,279,112 parameters and, an image, 592,285,696 multiply-adds
+and 6.79 MiB of activations kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -19,30 +22,34 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet
 
-import checkpoint as checkpoints
-import image_checkpoint
-import image_model
-import runtime
-from image_model import ARCHITECTURES, DEFAULT_ARCH, DEFAULT_SIZE, DEFAULT_STEM, ModelSpec
-from runtime import positive_int
+from engine.checkpoints import load
+from engine.cli import ArgumentParser, positive_int
+from engine.exits import run_script
+from image_classification.checkpoint import restore_model
+from image_classification.model import (
+    ARCHITECTURES,
+    DEFAULT,
+    STEMS,
+    ModelSpec,
+    build_model,
+    default_spec,
+    meta_tensors,
+)
 
-DEFAULT_CLASSES = 200  # Tiny-ImageNet's
-
-# The published table's names of a ResNet's modules.
+# What the published table calls a ResNet's modules.
 RESNET_STAGES = {"conv1": "conv", "maxpool": "pool", "avgpool": "average pool", "fc": "classifier"}
 RESNET_STAGES |= {f"layer{i}": f"block {i}" for i in range(1, 5)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = runtime.ArgumentParser(description="Print the intermediate sizes of a classifier")
+    parser = ArgumentParser("Print the intermediate sizes of a classifier")
     add = parser.add_argument
     # fmt: off
     add("-a", "--arch", metavar="ARCH",
-        help=f"model architecture (default: {DEFAULT_ARCH}): {' | '.join(ARCHITECTURES)}")
-    add("--stem", choices=image_model.STEMS,
-        help=f"first layers of a ResNet (default: {DEFAULT_STEM})")
-    add("--image-size", type=positive_int, metavar="PX", help=f"(default: {DEFAULT_SIZE})")
-    add("--num-classes", type=positive_int, metavar="N", help=f"(default: {DEFAULT_CLASSES})")
+        help=f"model architecture, else {DEFAULT.arch}: {' | '.join(ARCHITECTURES)}")
+    add("--stem", choices=STEMS, help=f"first layers of a ResNet, else {DEFAULT.stem}")
+    add("--image-size", type=positive_int, metavar="PX", help=f"else {DEFAULT.image_size}")
+    add("--num-classes", type=positive_int, metavar="N", help=f"else {DEFAULT.num_classes}")
     add("--checkpoint", type=Path, metavar="PATH", help="describe the model that it holds")
     add("--json", action="store_true", help="print one JSON object instead of the tables")
     # fmt: on
@@ -51,22 +58,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.checkpoint:
         if args.num_classes:
             parser.error("--num-classes: a checkpoint has its own")
-        content = checkpoints.load(args.checkpoint)
-        spec = image_checkpoint.read_spec(content, args.checkpoint, args.arch, args.stem)
-        for flag, value in (("arch", spec.arch), ("stem", spec.stem)):
-            if getattr(args, flag) not in (None, value):
-                parser.error(f"{args.checkpoint} has {flag} {value}, not {getattr(args, flag)}")
-        spec = spec._replace(image_size=args.image_size or spec.image_size)
-        model = image_model.build_model(spec)
-        image_checkpoint.load_weights(model, content, args.checkpoint, spec.arch)
+        model, spec = restore_model(load(args.checkpoint), args.arch, args.stem, args.image_size)
+        for flag in ("arch", "stem"):
+            asked, found = getattr(args, flag), getattr(spec, flag)
+            if asked not in (None, found):
+                parser.error(f"{args.checkpoint} has {flag} {found}, not {asked}")
     else:
-        arch = args.arch or DEFAULT_ARCH
-        if args.stem and not image_model.has_stem(arch):
-            parser.error(f"--stem is for ResNets, and {arch} is none")
-        stem = (args.stem or DEFAULT_STEM) if image_model.has_stem(arch) else None
-        classes, size = args.num_classes or DEFAULT_CLASSES, args.image_size or DEFAULT_SIZE
-        spec = ModelSpec(arch, stem, classes, size)
-        model = image_model.build_model(spec)
+        spec = default_spec(args.arch or DEFAULT.arch)
+        if args.stem and spec.stem is None:
+            parser.error(f"--stem is for ResNets, and {spec.arch} is none")
+        flags = {"stem": args.stem, "num_classes": args.num_classes, "image_size": args.image_size}
+        spec = spec._replace(**{name: value for name, value in flags.items() if value})
+        model = build_model(spec)
 
     summary = describe(model, spec)
     if args.json:
@@ -77,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def describe(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
-    """Sizes of the stages, parameters, and per image multiply-adds and activation memory.
+    """The stages' sizes, the parameters, and the multiply-adds and activation bytes per image.
 
-    Everything comes from one training pass on the meta device, which computes shapes alone.
-    `activation_bytes` is what autograd keeps for the backward pass, in float32.
+    All of it comes from one forward pass on the meta device, which computes nothing but shapes.
+    `activation_bytes` is what autograd keeps in float32 for the backward pass, without weights.
     """
     stages: list[dict[str, Any]] = []
     hooks = []
@@ -92,7 +95,7 @@ def describe(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
 
         hooks.append(module.register_forward_hook(record))
 
-    tensors = image_model.meta_tensors(model)
+    tensors = meta_tensors(model)
     weights = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -102,25 +105,24 @@ def describe(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
             kept[storage._cdata] = storage
         return tensor
 
-    batch = 2  # batch normalisation cannot train on one image of 1×1
+    batch = 2  # batch normalisation cannot train on one value per channel
     images = torch.empty(batch, 3, spec.image_size, spec.image_size, device="meta")
     flops = FlopCounterMode(display=False)
     with flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         functional_call(model.train(), tensors, (images,))
     for hook in hooks:
         hook.remove()
-    parameters = list(model.parameters())
     return {
         **spec._asdict(),
         "stages": stages,
-        "parameters": sum(p.numel() for p in parameters),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "multiply_adds": flops.get_total_flops() // (2 * batch),
         "activation_bytes": sum(storage.nbytes() for storage in kept.values()) // batch,
     }
 
 
 def _stages(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules to show: a ResNet's as published, else the top level and its `features`."""
+    """Names and modules: a ResNet's as published, else the top level, with `features` unfolded."""
     if isinstance(model, ResNet):
         return [(RESNET_STAGES[n], m) for n, m in model.named_children() if n in RESNET_STAGES]
     stages = []
@@ -131,11 +133,11 @@ def _stages(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def print_layers(model: nn.Module, image_size: int) -> None:
-    """torchsummary's own table, of a pass on the CPU."""
+    """torchsummary's own table, from a forward pass on the CPU."""
     hooks = []
     for module in model.modules():
-        # torchsummary asks every input and output for a size. Attention returns None in place of
-        # weights that nobody asked for; a layer of a DenseNet takes a list, or its concatenation.
+        # torchsummary takes every input and output for a tensor. Attention returns None for
+        # weights that were not asked for. A DenseNet's layer takes a list, or its concatenation.
         if isinstance(module, nn.MultiheadAttention):
             hooks.append(module.register_forward_hook(lambda _m, _i, out: (out[0], out[0][:0])))
         else:
@@ -167,4 +169,4 @@ def _size(shape: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    runtime.run_script(main)
+    run_script(main)

@@ -33,8 +33,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 KIT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(KIT))
 
-import checkpoint as checkpoints  # noqa: E402
-from runtime import UserError  # noqa: E402
+from engine import checkpoints  # noqa: E402
+from engine.cli import UserError  # noqa: E402
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MOMENTS = ("starting", "training", "training", "writing", "writing")

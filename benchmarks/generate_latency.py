@@ -23,10 +23,9 @@ from rounds import Contestant, Round, Row
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lm_generate
-import lm_model
-import runtime
-from lm_model import ModelSpec
-from runtime import UserError, positive_int
+from engine.cli import ArgumentParser, UserError, positive_int
+from engine.exits import run_script
+from word_language_model.model import ModelSpec, build_model, check_spec
 
 SAMPLES = 10  # of the reference's words, on the way to each length but the first
 
@@ -37,9 +36,8 @@ def spec_of(model: str, sizes: dict[str, int]) -> ModelSpec:
 
 def kit(model: str, sizes: dict[str, int], lengths: list[int]) -> Round:
     """Milliseconds a word of one text, when it has come to each of the `lengths`."""
-    network = lm_model.build_model(spec_of(model, sizes), dropout=0.0).eval().to(rounds.device())
+    network = build_model(spec_of(model, sizes), dropout=0.0).eval().to(rounds.device())
     args = lm_generate.parse_arguments(["--words", str(max(lengths))])
-    torch.backends.mkldnn.set_flags(False)  # as lm_generate.main
 
     def measured() -> list[float]:
         figures = []
@@ -55,14 +53,14 @@ def kit(model: str, sizes: dict[str, int], lengths: list[int]) -> Round:
 
 
 def main() -> None:
-    parser = runtime.ArgumentParser(description="Milliseconds a word of lm_generate.py")
+    parser = ArgumentParser("Milliseconds a word of lm_generate.py")
     add = parser.add_argument
     # fmt: off
-    add("--model", nargs="+", choices=MODELS, default=MODELS, help="(default: both)")
+    add("--model", nargs="+", choices=MODELS, default=MODELS, help="types of network")
     add("--lengths", nargs="+", type=positive_int, default=[100, 1000, MAX_POSITIONS],
-        metavar="WORDS", help="of a text (default: %(default)s)")
+        metavar="WORDS", help="of a text")
     for name, default in reference_lm.SIZES.items():
-        add(f"--{name}", type=positive_int, default=default, help="(default: %(default)s)")
+        add(f"--{name}", type=positive_int, default=default, help="of the model")
     # fmt: on
     rounds.add_arguments(parser, positive_int)
     args = parser.parse_args()
@@ -73,7 +71,7 @@ def main() -> None:
     sizes = {name: getattr(args, name) for name in reference_lm.SIZES}
     rows: list[Row] = []
     for model in args.model:
-        lm_model.check_spec(spec_of(model, sizes), lm_generate.DEFAULT_BPTT)
+        check_spec(spec_of(model, sizes), lm_generate.DEFAULT_BPTT)
         options = {"model": model, "sizes": sizes, "lengths": lengths}
         size = args.emsize if model == "Transformer" else args.nhid
         bound = {"words": args.words, "size": size, "lengths": lengths}
@@ -104,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.run_script(main)
+    run_script(main)

@@ -14,8 +14,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import floors
@@ -26,11 +24,13 @@ from reference_lm import EVAL_COLUMNS, MODELS
 from rounds import Round, Row
 
 import lm_main
-import lm_model
-import runtime
-from lm_checkpoint import TrainingState
-from lm_model import ModelSpec
-from runtime import positive_int
+from engine.checkpoints import Checkpoint
+from engine.cli import ArgumentParser, positive_int
+from engine.exits import run_script
+from engine.launch import build_accelerator, emulates_bf16, keep_freed_memory
+from engine.seeds import use_deterministic_kernels
+from word_language_model.model import ModelSpec, check_spec
+from word_language_model.training import make_run, set_up, settle
 
 WORK = ("training", "validation")
 
@@ -48,58 +48,56 @@ def kit(
     steps: int,
     compiled: bool,
 ) -> Round:
-    """Tokens a second, set up as lm_main.main and lm_main.fit do."""
-    accelerator = runtime.build_accelerator()
-    runtime.keep_freed_memory(2**30)
-    flags = ["--model", model, "--batch-size", str(columns), "--bptt", str(bptt)]
-    args = lm_main.parse_arguments([*flags, "--lr", str(reference_lm.LR[model])])
-    lm_main.settle(args, {}, accelerator)
-    runtime.use_deterministic_kernels(True)
-    torch.manual_seed(args.seed)
-    bare = lm_model.build_model(spec_of(model, sizes), args.dropout)
-    data = reference_lm.text(steps, columns, bptt, sizes["words"]).to(accelerator.device)
-    optimizer = torch.optim.SGD(bare.parameters(), lr=args.lr)
-    if compiled:
-        bare.compile()
-    network, optimizer = accelerator.prepare(bare, optimizer)
+    """Tokens a second, set up as lm_main.main does.
 
-    def nothing() -> None:
-        """No checkpoint is due, and no signal has come."""
+    Args:
+        columns: of all processes.
+    """
+    accelerator = build_accelerator()
+    keep_freed_memory(2**30)
+    use_deterministic_kernels(True)
+    flags = ["--model", model, "--batch-size", str(columns), "--bptt", str(bptt)]
+    flags += ["--lr", str(reference_lm.LR[model]), "--nhead", str(reference_lm.NHEAD)]
+    flags += [f"--{name}={size}" for name, size in sizes.items() if name != "words"]
+    flags += ["--compile"] * compiled
+    parser = lm_main.make_parser()
+    args = parser.parse(flags)
+    run = make_run(accelerator, args)
+    spec = settle(parser, args, Checkpoint(), accelerator)._replace(words=sizes["words"])
+    text = reference_lm.text(steps, columns, bptt, sizes["words"])
+    network, optimizer, text = set_up(run, spec, text, args, Checkpoint())
 
     def epoch() -> object:
         if work == "validation":
-            return lm_main.evaluate(accelerator, bare, data, bptt, nothing)
-        run = TrainingState()
-        return lm_main.train_epoch(
-            accelerator, network, optimizer, data, run, args.lr, nothing, nothing, args
-        )
+            return lm_main.evaluate(run, network, text, args)
+        run.step, run.values["hidden"] = 0, ()  # every round is the first epoch
+        return lm_main.train_epoch(run, network, optimizer, text, args)
 
     return lambda: [steps * bptt * columns / rounds.seconds(epoch)]
 
 
 def main() -> None:
-    parser = runtime.ArgumentParser(description="Tokens a second of lm_main.py")
+    parser = ArgumentParser("Tokens a second of lm_main.py")
     add = parser.add_argument
     # fmt: off
-    add("--model", nargs="+", choices=MODELS, default=MODELS, help="(default: both)")
-    add("--only", nargs="+", choices=WORK, default=WORK, metavar="ROW",
-        help=f"{' '.join(WORK)} (default: both)")
+    add("--model", nargs="+", choices=MODELS, default=MODELS, help="types of network")
+    add("--only", nargs="+", choices=WORK, default=WORK, metavar="ROW", help=" ".join(WORK))
     for name, default in reference_lm.SIZES.items():
-        add(f"--{name}", type=positive_int, default=default, help="(default: %(default)s)")
-    add("--batch-size", type=positive_int, default=20, help="columns (default: %(default)s)")
-    add("--bptt", type=positive_int, default=35, help="(default: %(default)s)")
-    add("--steps", type=positive_int, default=20, help="of a round (default: %(default)s)")
+        add(f"--{name}", type=positive_int, default=default, help="of the model")
+    add("--batch-size", type=positive_int, default=20, help="columns of text")
+    add("--bptt", type=positive_int, default=35, help="words of a column in a step")
+    add("--steps", type=positive_int, default=20, help="of a round")
     add("--compile", action="store_true", help="of the kit's model")
     # fmt: on
     rounds.add_arguments(parser, positive_int)
-    rounds.add_precision(parser, bf16=not runtime.emulates_bf16(rounds.device()))
+    rounds.add_precision(parser, bf16=not emulates_bf16(rounds.device()))
     args = parser.parse_args()
 
     sizes = {name: getattr(args, name) for name in reference_lm.SIZES}
     rows: list[Row] = []
     notes: list[str] = []
     for model in args.model:
-        lm_model.check_spec(spec_of(model, sizes), args.bptt)
+        check_spec(spec_of(model, sizes), args.bptt)
         for work in args.only:
             columns = args.batch_size if work == "training" else EVAL_COLUMNS
             options = {"model": model, "sizes": sizes, "columns": columns, "bptt": args.bptt}
@@ -132,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.run_script(main)
+    run_script(main)

@@ -5,8 +5,8 @@
     python benchmarks/resnet_throughput.py -b 512 --compile --only training loading    # on a GPU
 
 The kit's side is the real loop, resnet_main.train_epoch and resnet_main.evaluate with the real
-loader; benchmarks/reference_image.py is the other. Both have the same images, size, stem and
-batch. On a machine without a GPU, or with ACCELERATE_USE_CPU=true, the CPU is measured.
+loader; the other is that of benchmarks/reference_image.py. Both have the same images, size, stem
+and batch. On a machine without a GPU, or with ACCELERATE_USE_CPU=true, the CPU is measured.
 """
 
 from __future__ import annotations
@@ -26,67 +26,50 @@ from rounds import Contestant, Round, Row
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import image_cache
-import image_checkpoint
-import image_data
-import image_model
-import image_sources
 import resnet_main
-import runtime
-from image_checkpoint import TrainingState
-from image_data import DecodedImages, ImageFiles, ImageLoader, Split
-from image_model import ModelSpec
-from resnet_main import EVAL_BATCH_SIZE
-from runtime import positive_int
+from engine.checkpoints import Checkpoint
+from engine.cli import ArgumentParser, positive_int
+from engine.exits import run_script
+from engine.launch import build_accelerator, emulates_bf16, keep_freed_memory
+from engine.seeds import use_deterministic_kernels
+from image_classification.cache import decoded_images, small_side
+from image_classification.data import DecodedImages, ImageFiles, Split, find_images
+from image_classification.model import DEFAULT, STEMS, ModelSpec, build_model, has_stem
+from image_classification.sources import resolve
+from image_classification.training import EVAL_BATCH_SIZE, find_data, make_run, set_up, settle
 
 KIT = Path(__file__).resolve().parent.parent
 WORK = ("training", "validation", "loading", "start")
 LOADING_STEPS = 40  # at least, of a round: loading alone is quick
+SMALLEST = "squeezenet1_1"  # the model of the loading row, which measures the loader alone
 
 
 def kit(work: str, flags: list[str], rows: list[int]) -> Round:
-    """Images a second over those of number `rows`, set up as resnet_main.main and fit do."""
-    accelerator = runtime.build_accelerator(deterministic=False)
-    runtime.keep_freed_memory(2**25)
-    args = resnet_main.parse_arguments(flags)
-    image_checkpoint.settle(args, {}, accelerator)
-    args.seed = 0
-    runtime.use_deterministic_kernels(False)
-    data = image_data.load(args.data, args.image_size, args.seed, args.workers, args.download)
-    train = work != "validation"
-    loader = ImageLoader(
-        accelerator,
-        subset(data.train if train else data.val, rows, args, train),
-        batch_size=args.batch_size if train else min(args.batch_size, EVAL_BATCH_SIZE),
-        image_size=args.image_size,
-        seed=args.seed,
-        train=train,
-        workers=args.workers,
-    )
-    if work == "loading":
-        return lambda: [rounds.rate_after_first(len(batch.targets) for batch in loader.epoch(0))]
-
-    spec = ModelSpec(args.arch, args.stem, len(data.classes), args.image_size)
-    torch.manual_seed(args.seed)
-    model = image_model.build_model(spec).to(memory_format=torch.channels_last)
-    if args.compile:
-        model.compile()
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
-
-    def nothing() -> None:
-        """No checkpoint is due, and no signal has come."""
+    """Images a second over those of number `rows`, set up as resnet_main.main does."""
+    accelerator = build_accelerator(deterministic=False)
+    use_deterministic_kernels(False)
+    keep_freed_memory(2**25)
+    parser = resnet_main.make_parser()
+    args = parser.parse([*flags, "--seed", "0"])
+    run = make_run(accelerator, args)
+    settle(parser, args, Checkpoint(), accelerator)
+    data = find_data(accelerator, args)
+    if work == "validation":
+        data = data._replace(val=subset(data.val, rows, args, train=False))
+    else:
+        data = data._replace(train=subset(data.train, rows, args, train=True))
+    model, optimizer, train_loader, val_loader = set_up(run, data, args, Checkpoint())
 
     def epoch() -> object:
         if work == "validation":
-            return resnet_main.evaluate(accelerator, model, loader, nothing, args)
-        run = TrainingState()
-        return resnet_main.train_epoch(
-            accelerator, model, optimizer, loader, run, nothing, nothing, args
-        )
+            return resnet_main.evaluate(run, model, val_loader, args)
+        run.step = 0  # every round is the first epoch
+        return resnet_main.train_epoch(run, model, optimizer, train_loader, args)
 
+    if work == "loading":
+        return lambda: [
+            rounds.rate_after_first(len(batch.targets) for batch in train_loader.epoch(0))
+        ]
     return lambda: [len(rows) / rounds.seconds(epoch)]
 
 
@@ -96,7 +79,7 @@ def subset(
     paths, targets = [images.paths[row] for row in rows], images.targets[rows]
     if isinstance(images, DecodedImages):
         return DecodedImages(images.images[rows], targets, paths)
-    return ImageFiles(Split(paths, targets.tolist(), []), args.image_size, args.seed, train)
+    return ImageFiles(Split(paths, targets.tolist()), args.image_size, args.seed, train)
 
 
 def caching(paths: list[str], side: int, workers: int) -> Round:
@@ -104,8 +87,7 @@ def caching(paths: list[str], side: int, workers: int) -> Round:
 
     def build() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            stamps = [(0, 0)] * len(paths)
-            image_cache.decoded_images(Path(folder), paths, stamps, side, workers)
+            decoded_images(Path(folder), paths, side, workers)
 
     return lambda: [len(paths) / rounds.seconds(build)]
 
@@ -134,33 +116,31 @@ def pick(count: int, total: int) -> list[int]:
 
 def main() -> None:
     cpu = rounds.on_cpu()
-    parser = runtime.ArgumentParser(description="Images a second of resnet_main.py")
+    parser = ArgumentParser("Images a second of resnet_main.py")
     add = parser.add_argument
     # fmt: off
-    add("--data", default="sample", metavar="DIR", help="dataset (default: the built-in one)")
-    add("-a", "--arch", default=image_model.DEFAULT_ARCH, help="(default: %(default)s)")
-    add("--stem", choices=image_model.STEMS, default=image_model.DEFAULT_STEM,
-        help="(default: %(default)s)")
-    add("--image-size", type=positive_int, default=64, metavar="PX", help="(default: %(default)s)")
+    add("--data", default="sample", metavar="DIR", help="dataset, or `sample` for the built-in one")
+    add("-a", "--arch", default=DEFAULT.arch, help="model architecture")
+    add("--stem", choices=STEMS, default=DEFAULT.stem, help="first layers of a ResNet")
+    add("--image-size", type=positive_int, default=64, metavar="PX", help="side of the images")
     add("-b", "--batch-size", type=positive_int, default=128, metavar="N",
-        help="(default: %(default)s)")
+        help="images a step")
     add("-j", "--workers", type=positive_int, default=2 if cpu else 4, metavar="N",
-        help="(default: %(default)s)")
+        help="processes that decode images")
     add("--steps", type=positive_int, default=6 if cpu else 100, metavar="N",
-        help="of a round (default: %(default)s)")
+        help="of a round")
     add("--compile", action="store_true", help="of the kit's model")
-    add("--only", nargs="+", choices=WORK, default=WORK, metavar="ROW",
-        help=f"{' '.join(WORK)} (default: all)")
+    add("--only", nargs="+", choices=WORK, default=WORK, metavar="ROW", help=" ".join(WORK))
     # fmt: on
     rounds.add_arguments(parser, positive_int)
-    rounds.add_precision(parser, bf16=not runtime.emulates_bf16(rounds.device()))
+    rounds.add_precision(parser, bf16=not emulates_bf16(rounds.device()))
     args = parser.parse_args()
 
-    folders = image_data.find_images(image_sources.resolve(args.data, download=False))
-    small = image_cache.small_side(folders.train.paths)
-    stem = args.stem if image_model.has_stem(args.arch) else None
+    folders = find_images(resolve(args.data, download=False))
+    small = small_side(folders.train.paths)
+    stem = args.stem if has_stem(args.arch) else None
     spec = ModelSpec(args.arch, stem, len(folders.classes), args.image_size)
-    image_model.build_model(spec)  # or say what is wrong with it
+    build_model(spec)  # or say what is wrong with it
     network = {"arch": spec.arch, "stem": spec.stem, "classes": spec.num_classes}
     sizes = [*("-b", args.batch_size), *("--image-size", args.image_size), *("-j", args.workers)]
     flags = [args.data, "-a", args.arch, *map(str, sizes), *["--compile"] * args.compile]
@@ -208,7 +188,8 @@ def main() -> None:
     own, theirs = rounds.kit_environment("no"), rounds.reference_environment()
     if "loading" in args.only:
         rows, loader = images("loading")
-        options: dict[str, Any] = {"work": "loading", "flags": flags, "rows": rows}
+        small_model = [*flags, "-a", SMALLEST]
+        options: dict[str, Any] = {"work": "loading", "flags": small_model, "rows": rows}
         contestants = [
             Contestant("PIL workers", "reference_image:loading", {"loader": loader}, theirs),
             Contestant("kit", "resnet_throughput:kit", options, own),
@@ -238,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.run_script(main)
+    run_script(main)

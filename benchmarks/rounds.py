@@ -251,7 +251,7 @@ def _memory(field: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser, number: Callable[[str], int]) -> None:
     """The flags that all benchmarks have."""
-    parser.add_argument("--rounds", type=number, default=5, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=number, default=5, help="of each contestant")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there, too")
 
 
@@ -262,7 +262,7 @@ def add_precision(parser: argparse.ArgumentParser, bf16: bool) -> None:
         nargs="+",
         choices=PRECISIONS,
         default=list(PRECISIONS) if bf16 else ["no"],
-        help="of the kit (default: %(default)s)",
+        help="of the kit",
     )
 
 

@@ -29,9 +29,9 @@ import lm_throughput
 import reference_lm
 import resnet_throughput
 
-import image_model
-import lm_model
-import runtime
+from engine.exits import leave
+from image_classification import model as image_model
+from word_language_model import model as lm_model
 
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 IMAGES, COLUMNS, BPTT = 64, 20, 35  # a step, of all processes
@@ -46,9 +46,8 @@ def serve(job: str, steps: int) -> None:
         work, count = resnet_throughput.kit("training", flags, list(range(IMAGES * steps))), IMAGES
     else:
         options: dict[str, Any] = {"model": job, "sizes": reference_lm.SIZES, "bptt": BPTT}
-        share = COLUMNS // processes
-        work = lm_throughput.kit("training", columns=share, steps=steps, compiled=False, **options)
-        count = share * BPTT
+        options |= {"columns": COLUMNS, "steps": steps, "compiled": False}
+        work, count = lm_throughput.kit("training", **options), COLUMNS * BPTT
     work()
     if processes > 1:
         dist.barrier()
@@ -59,7 +58,7 @@ def serve(job: str, steps: int) -> None:
     figures = {"seconds": count / rate, "bytes": (int(SENT.read_text()) - before) / steps}
     if os.environ.get("RANK", "0") == "0":
         print(f"FIGURES {json.dumps(figures)}", flush=True)
-    runtime.leave(0)
+    leave(0)
 
 
 def measure(job: str, processes: int, steps: int, folder: str) -> dict[str, float]:

@@ -16,6 +16,8 @@ from PIL import Image
 
 KIT = Path(__file__).resolve().parent.parent
 REAL_DATA = KIT.parent / "shared" / "data"
+PROBE = {"PYTHONPATH": str(KIT)}  # the environment of a script in tests/
+PATIENCE = 240.0  # seconds that a process may take, on a busy machine as well
 
 # A server that has imported torch and forks: each script below is a process of its own, with its
 # own exit code and streams, without the seconds that the import takes.
@@ -42,7 +44,7 @@ class Running:
         self.process.start()
 
     def finish(self) -> Result:
-        self.process.join(240)
+        self.process.join(PATIENCE)
         if self.process.exitcode is None:
             self.process.kill()
             raise TimeoutError(f"{self.argv} hangs: {self.out.read_text()}{self.err.read_text()}")
@@ -89,8 +91,12 @@ class Launched:
             text=True,
         )
 
-    def finish(self, timeout: float = 280) -> Result:
-        out, err = self.process.communicate(timeout=timeout)
+    def finish(self) -> Result:
+        try:
+            out, err = self.process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()  # a launcher takes its processes along
+            raise
         return Result(self.process.returncode, out, err)
 
 

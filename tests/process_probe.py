@@ -1,11 +1,11 @@
-"""Started by test_resnet_main.py on one and on four processes.
+"""Started by the tests, on one and on four processes.
 
 process_probe.py same SMALL LARGE  what an epoch of two datasets is made of (indices and digests
                                    of images), and the weights after one of a linear model
-process_probe.py kill EPOCH STEP … resnet_main.py with these flags, dead once it has saved that
+process_probe.py kill COMMAND EPOCH STEP …
+                                   the command with these flags, killed once it has saved that
 """
 
-import argparse
 import hashlib
 import os
 import sys
@@ -14,20 +14,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-import checkpoint
-import image_data
+import lm_main
 import resnet_main
-import runtime
-from image_checkpoint import TrainingState
+from engine import checkpoints
+from engine.checkpoints import Checkpoint
+from engine.exits import run_script
+from engine.launch import build_accelerator
+from image_classification.data import ImageLoader, load_dataset
+from image_classification.training import make_run, settle
 
 
 def same() -> None:
-    accelerator = runtime.build_accelerator()
+    accelerator = build_accelerator()
     for path in sys.argv[2:]:
         with accelerator.local_main_process_first():
-            data = image_data.load(path, 32, seed=5, workers=1, download=False)
+            data = load_dataset(path, 32, seed=5, workers=1, download=False)
         options: dict[str, Any] = {"batch_size": 12, "image_size": 32, "seed": 5, "workers": 1}
-        loader = image_data.ImageLoader(accelerator, data.train, train=True, **options)
+        loader = ImageLoader(accelerator, data.train, train=True, **options)
         # Whole, and as a run resumed after its first step has it.
         for batch in (*loader.epoch(2), *loader.epoch(2, start=1)):
             indices = batch.indices.to(accelerator.device)
@@ -41,36 +44,36 @@ def same() -> None:
     accelerator.end_training()
 
 
-def train(accelerator: Accelerator, loader: image_data.ImageLoader) -> None:
+def train(accelerator: Accelerator, loader: ImageLoader) -> None:
     """An epoch of a model without batch normalisation, through resnet_main.py's loop."""
+    parser = resnet_main.make_parser()
+    flags = ["-b", "12", "--seed", "5", "-p", "1", "--label-smoothing", "0.1"]
+    args = parser.parse(flags)
+    run = make_run(accelerator, args)
+    settle(parser, args, Checkpoint(), accelerator)
     torch.manual_seed(0)
     linear = torch.nn.Linear(3 * 32 * 32, 3)
     model: torch.nn.Module = torch.nn.Sequential(torch.nn.Flatten(), linear)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    args = argparse.Namespace(
-        seed=5, batch_size=12, print_freq=1, label_smoothing=0.1, checkpoint_every=0
-    )
-
-    def no_op() -> None: ...
-
-    statistics, _ = resnet_main.train_epoch(
-        accelerator, model, optimizer, loader, TrainingState(), no_op, no_op, args
-    )
-    accelerator.print("WEIGHTS", *statistics, *linear.weight.flatten()[::97].tolist())
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    model, optimizer = run.prepare(model, optimizer)
+    statistics, _ = resnet_main.train_epoch(run, model, optimizer, loader, args)
+    assert run.sums is not None
+    samples = run.sums.read()[1][3]
+    accelerator.print("WEIGHTS", *statistics, samples, *linear.weight.flatten()[::97].tolist())
 
 
 def kill() -> None:
-    epoch, step = int(sys.argv[2]), int(sys.argv[3])
-    whole_save = checkpoint.save
+    main = {"resnet_main.py": resnet_main.main, "lm_main.py": lm_main.main}[sys.argv[2]]
+    epoch, step = int(sys.argv[3]), int(sys.argv[4])
+    whole_save = checkpoints.save
 
     def save(content: dict[str, Any], *paths: Any, **options: Any) -> None:
         whole_save(content, *paths, **options)
         if (content["epoch"], content["step"]) == (epoch, step):
             os._exit(9)
 
-    checkpoint.save = save  # type: ignore[assignment]
-    runtime.run_script(lambda: resnet_main.main(sys.argv[4:]))
+    checkpoints.save = save  # type: ignore[assignment]
+    run_script(lambda: main(sys.argv[5:]))
 
 
 if __name__ == "__main__":

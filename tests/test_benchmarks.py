@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import KIT, make_dataset
+from kit import KIT, PATIENCE, make_dataset
 
 FLAGS = {
     "lm_throughput.py": "--model LSTM --only training --precision bf16 --words 50 --emsize 8 "
@@ -42,7 +42,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
         )
     found = {}
     for script, process in running.items():
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, err
         found[script] = json.loads(Path(folder / f"{script}.json").read_text())["rows"]
         for row in found[script]:

@@ -98,7 +98,9 @@ def test_a_job_warned_and_then_preempted_ends_with_the_bits_of_an_undisturbed_on
     assert job.wait_for_end() == "COMPLETED", job.describe()
     assert job["Restarts"] == "2", job.describe()
     stopped = re.findall(r"=> epoch (\d+), step (\d+): saved to", job.output())
-    assert stopped == re.findall(r"=> loaded \S+ \(epoch (\d+), step (\d+)\)", job.output())
+    assert stopped == re.findall(
+        r"=> loaded checkpoint '\S+' \(epoch (\d+), step (\d+)\)", job.output()
+    )
     assert len(stopped) == 2, job.describe()
     same_bits(tmp_path, undisturbed, "model.checkpoint.pt", "model.logs")
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from kit import KIT, make_corpus, run
+from kit import KIT, PATIENCE, make_corpus, run
 from slurm import wait_for
 from test_lm_main import END
 from test_preemption import same_bits
@@ -45,14 +45,14 @@ def test_a_container_is_stopped_started_again_and_ends_with_the_bits_of_one_run(
     flags = (*SMALL, "--epochs", "16")
     log = tmp_path / "output" / "logs" / "lm_main.log"
     stopped = container(tmp_path, "lm_main.py", *flags)
-    wait_for(lambda: log.exists() and "end of epoch   2" in log.read_text(), str, 60)
+    wait_for(lambda: log.exists() and "end of epoch   2" in log.read_text(), str, PATIENCE)
     stopped.send_signal(signal.SIGTERM)
-    out = stopped.communicate(timeout=60)[0]
+    out = stopped.communicate(timeout=PATIENCE)[0]
     places = re.findall(r"=> (epoch \d+, step \d+): saved to", out)
     assert len(places) == 1, out
     assert stopped.returncode != 0
     ended = container(tmp_path, "lm_main.py", *flags)
-    out = ended.communicate(timeout=120)[0]
+    out = ended.communicate(timeout=PATIENCE)[0]
     assert ended.returncode == 0, out
     assert f"({places[0]})" in out
     assert len(END.findall(log.read_text())) == 1
@@ -71,7 +71,7 @@ def test_a_container_uses_every_gpu_that_it_sees(tmp_path: Path) -> None:
     counting.chmod(0o755)
     path = f"{counting.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     process = container(tmp_path, "resnet_main.py", DATA="sample", PATH=path)
-    out = process.communicate(timeout=120)[0]
+    out = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode != 0
     assert out.count("resnet_main.py: error: 3 process(es) with a GPU each were asked for") == 1
 
@@ -81,7 +81,7 @@ def test_a_container_of_another_script_is_refused(
     arguments: tuple[str, ...], tmp_path: Path
 ) -> None:
     process = container(tmp_path, *arguments)
-    assert process.communicate(timeout=20)[0].splitlines() == [
+    assert process.communicate(timeout=PATIENCE)[0].splitlines() == [
         "container.sh: error: give resnet_main.py or lm_main.py, and its flags"
     ]
     assert process.returncode == 2
@@ -102,7 +102,7 @@ def test_two_nodes_of_torchrun_are_one_training(tmp_path: Path) -> None:
         start([*launch, rank, str(KIT / "lm_main.py"), *flags], tmp_path, **environment)
         for rank in ("0", "1")
     )
-    out, other = (process.communicate(timeout=200)[0] for process in (first, second))
+    out, other = (process.communicate(timeout=PATIENCE)[0] for process in (first, second))
     assert first.returncode == second.returncode == 0, (out, other)
     assert "2 nodes, 4 processes on CPU (1 threads each), bf16" in out
     assert len(END.findall(out)) == 1

@@ -9,7 +9,7 @@ from kit import Result, error_line, launch, run
 from PIL import Image
 from torchvision import models
 
-from image_augment import MEAN, STD
+from image_classification.augment import MEAN, STD
 
 # Grey levels of the validation images of each class; a model says 1 above its threshold.
 LEVELS = {"cat": [10, 60, 110, 160, 210], "dog": [30, 90, 140, 190, 240], "fox": [50, 200]}
@@ -174,7 +174,7 @@ def test_bad_input_is_one_line_and_touches_nothing(folder: Path) -> None:
         ("a.pth",): "2 checkpoints wanted",
         ("a.pth", "none.pth"): "none.pth: no such file",
         ("a.pth", "four.pth"): "a.pth has 3 classes and four.pth 4",
-        ("a.pth", "other.pth"): "other.pth knows other classes than the dataset",
+        ("a.pth", "other.pth"): "other.pth: knows class a where the dataset has cat",
         ("a.pth", "b.pth", "--classes", "3"): "no class 3: the dataset has 0 to 2",
         ("a.pth", "b.pth", "--classes", "elk"): "no class elk",
         ("a.pth", "b.pth", "--classes", "²"): "no class ²",

@@ -9,9 +9,9 @@ import pytest
 import torch
 from kit import error_line, run
 
-import image_model
-import lm_model
-from image_model import ModelSpec
+from image_classification import model as image_model
+from image_classification.model import ModelSpec
+from word_language_model import model as lm_model
 
 DOT = pytest.mark.skipif(not shutil.which("dot"), reason="needs Graphviz's dot")
 SMALL = lm_model.ModelSpec("GRU", words=9, emsize=4, nhid=4, nlayers=1, nhead=2, tied=False)

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import os
+import random
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import files
-from runtime import UserError
+from engine import files
+from engine.cli import UserError
 
-CONTENT = os.urandom(3_000_000)
+# The same in every process: pytest-xdist compares the test ids, which have the digests.
+CONTENT = random.Random(0).randbytes(3_000_000)
 MD5 = f"md5:{hashlib.md5(CONTENT).hexdigest()}"
 GIT = f"git:{hashlib.sha1(b'blob 3000000' + bytes(1) + CONTENT).hexdigest()}"
 
@@ -83,6 +85,20 @@ def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writing_makes_the_folder_and_names_what_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    with files.writing(path) as temporary:
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    for below in (path / "a", path / "a" / "b"):
+        with pytest.raises(UserError, match=f"^cannot write {below}: "), files.writing(below):
+            pass
+    with pytest.raises(UserError, match=f"^cannot write {path}: "), files.writing(path):
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "whole"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:

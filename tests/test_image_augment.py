@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
-import image_augment
+from image_classification import augment as image_augment
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 100), (400, 30)])

@@ -12,16 +12,16 @@ from kit import REAL_DATA, image, make_dataset
 from PIL import Image
 from torchvision.transforms import v2
 
-import files
-import image_data
-import image_sources
-from image_cache import BadImageError, decoded_images, refuse_bad_images, small_side
-from image_data import ImageLoader, find_images
-from runtime import UserError
+from engine import files
+from engine.cli import UserError
+from image_classification import data as image_data
+from image_classification import sources as image_sources
+from image_classification.cache import BadImageError, decoded_images, refuse_bad_images, small_side
+from image_classification.data import ImageLoader, find_images
 
 
 def load(root: Path, size: int = 32) -> image_data.ImageData:
-    return image_data.load(str(root), size, seed=5, workers=0, download=False)
+    return image_data.load_dataset(str(root), size, seed=5, workers=0, download=False)
 
 
 def loader(
@@ -58,7 +58,7 @@ def test_real_tiny_imagenet(tmp_path: Path) -> None:
     if not archive.exists():
         pytest.skip(f"needs {archive}")
     files.unpack(archive, "tiny-imagenet-200", tmp_path / "data")
-    data = image_data.load(str(tmp_path / "data"), 64, seed=1, workers=2, download=False)
+    data = image_data.load_dataset(str(tmp_path / "data"), 64, seed=1, workers=2, download=False)
     assert data.classes[:2] == ["n01443537", "n01629819"]
     assert (len(data.train), len(data.val)) == (10_000, 1_000)
     assert data.val.targets.bincount().tolist() == [50] * 20
@@ -161,11 +161,15 @@ def test_a_read_only_dataset_is_cached_in_the_temporary_folder(
 ) -> None:
     root = make_dataset(tmp_path / "set")
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr("image_cache.tempfile.gettempdir", lambda: str(tmp_path / "tmp"))
-    monkeypatch.setattr("image_cache.os.access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(
+        "image_classification.cache.tempfile.gettempdir", lambda: str(tmp_path / "tmp")
+    )
+    monkeypatch.setattr(
+        "image_classification.cache.os.access", lambda *_: False
+    )  # root may write anywhere
     split = find_images(root).train
     for _ in range(2):
-        assert len(decoded_images(root, split.paths, split.stamps, 64, workers=0)) == 24
+        assert len(decoded_images(root, split.paths, 64, workers=0)) == 24
     assert not list(root.glob(".decoded*"))
     assert len(list((tmp_path / "tmp").iterdir())) == 1
 
@@ -177,6 +181,7 @@ def test_large_images_go_through_the_originals_transforms(tmp_path: Path) -> Non
     image("odd", 160).save(mixed / "val" / "n00000000" / "val_0.JPEG")
     assert isinstance(load(mixed).train, image_data.ImageFiles)
     data = load(root, size=56)
+    assert isinstance(data.train, image_data.ImageFiles)
     assert isinstance(data.val, image_data.ImageFiles)
     original = v2.Compose([v2.Resize(64), v2.CenterCrop(56), v2.PILToTensor()])
     expected = original(Image.open(data.val.paths[4]).convert("RGB"))
@@ -251,7 +256,7 @@ def test_the_sample_is_drawn_alike_everywhere(tmp_path: Path) -> None:
         image_sources.draw_sample(tmp_path / name)
     trees = [sorted(p for p in (tmp_path / n).rglob("*") if p.is_file()) for n in ("a", "b")]
     assert [p.read_bytes() for p in trees[0]] == [p.read_bytes() for p in trees[1]]
-    data = image_data.load(str(tmp_path / "a"), 64, seed=1, workers=2, download=False)
+    data = image_data.load_dataset(str(tmp_path / "a"), 64, seed=1, workers=2, download=False)
     assert (len(data.classes), len(data.train), len(data.val)) == (10, 2500, 500)
     assert data.val.targets.bincount().tolist() == [50] * 10
 

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torchvision import models
 
-import checkpoint as checkpoints
-import image_checkpoint
-import image_model
-from image_model import ModelSpec
-from runtime import UserError
+from engine import checkpoints
+from engine.checkpoints import Checkpoint
+from engine.cli import UserError
+from image_classification import checkpoint as image_checkpoint
+from image_classification import model as image_model
+from image_classification.model import ModelSpec
 
 FAMILIES = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5"]
 FAMILIES += ["mobilenet_v3_small", "regnet_x_400mf", "resnext50_32x4d", "shufflenet_v2_x0_5"]
@@ -28,7 +29,8 @@ def test_every_family_gets_a_head_for_the_dataset(arch: str) -> None:
     model = image_model.build_model(spec(arch, "stride1" if image_model.has_stem(arch) else None))
     with torch.no_grad():
         assert model.train()(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
-    read = image_checkpoint.read_spec({"state_dict": model.state_dict()}, Path("x"), arch, None)
+    bare = Checkpoint(content={"state_dict": model.state_dict()})
+    read = image_checkpoint.read_spec(bare, arch, None)
     assert (read.arch, read.num_classes) == (arch, 7)
 
 
@@ -147,12 +149,12 @@ def test_checkpoints_of_the_original_and_bare_state_dicts_load(
         path = tmp_path / "checkpoint.pth.tar"
         torch.save(content, path)
         loaded = checkpoints.load(path)
-        read = image_checkpoint.read_spec(loaded, path, arch, None)
+        read = image_checkpoint.read_spec(loaded, arch, None)
         assert read == ModelSpec("resnet34", "stock", 7, 64)
         rebuilt = image_model.build_model(read)
-        image_checkpoint.load_weights(rebuilt, loaded, path, read.arch)
+        image_checkpoint.load_weights(rebuilt, loaded, read.arch)
         assert torch.equal(rebuilt.state_dict()["fc.weight"], model.fc.weight)
-    assert checkpoints.value(checkpoints.load(path), "best_acc1", float, path) is None
+    assert checkpoints.load(path).value("best_acc1", float) is None
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -160,6 +162,6 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     torch.save(models.resnet34(num_classes=7).state_dict(), path)
     loaded = checkpoints.load(path)
     with pytest.raises(UserError, match="not a resnet18"):
-        image_checkpoint.load_weights(models.resnet18(num_classes=7), loaded, path, "resnet18")
+        image_checkpoint.load_weights(models.resnet18(num_classes=7), loaded, "resnet18")
     with pytest.raises(UserError, match="has shape"):
-        image_checkpoint.load_weights(models.resnet34(num_classes=8), loaded, path, "resnet34")
+        image_checkpoint.load_weights(models.resnet34(num_classes=8), loaded, "resnet34")

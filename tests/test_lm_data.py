@@ -1,4 +1,4 @@
-"""Tokens, vocabulary and batches follow the original's rules; files are found, made, cached."""
+"""Tokens, vocabulary and batches follow the original's rules; files are found or made."""
 
 import hashlib
 import shutil
@@ -8,9 +8,9 @@ import pytest
 import torch
 from kit import REAL_DATA, make_corpus
 
-import files
-import lm_data
-from runtime import UserError
+from engine import files
+from engine.cli import UserError
+from word_language_model import data as lm_data
 
 REAL = REAL_DATA / "wikitext-2-small"
 
@@ -24,7 +24,7 @@ def write(root: Path, train: bytes, valid: bytes = b"a\n", test: bytes = b"a\n")
 
 def test_words_are_numbered_by_first_appearance_in_train_valid_test(tmp_path: Path) -> None:
     write(tmp_path / "set", b"b a b\n\n  c\n", b"d a\n", "é b <eos>\n".encode())
-    corpus = lm_data.load(str(tmp_path / "set"))
+    corpus = lm_data.load_corpus(str(tmp_path / "set"))
     assert corpus.vocabulary == ["b", "a", "<eos>", "c", "d", "é"]
     assert corpus.train.tolist() == [0, 1, 0, 2, 2, 3, 2]  # an empty line is an <eos>
     assert corpus.valid.tolist() == [4, 1, 2]
@@ -35,7 +35,7 @@ def test_words_are_numbered_by_first_appearance_in_train_valid_test(tmp_path: Pa
 def test_lines_end_where_python_ends_them(tmp_path: Path) -> None:
     """\\r and \\r\\n do; a form feed or a line separator is white space within a line."""
     write(tmp_path / "set", "a\r\nb\rc\x0cd\u2028e\x1cf\n\ng".encode())
-    corpus = lm_data.load(str(tmp_path / "set"))
+    corpus = lm_data.load_corpus(str(tmp_path / "set"))
     words = " ".join(corpus.vocabulary[i] for i in corpus.train)
     assert words == "a <eos> b <eos> c d e f <eos> <eos> g <eos>"
 
@@ -54,63 +54,12 @@ def test_columns_and_segments() -> None:
         lm_data.batchify(torch.arange(7), 4, "train")
 
 
-def test_the_tokens_are_cached_until_the_text_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = make_corpus(tmp_path / "set")
-    first = lm_data.load(str(root))
-    caches = list(root.glob(".tokens-*"))
-    assert len(caches) == 1
-
-    tokenise = lm_data.tokenise
-    monkeypatch.setattr(lm_data, "tokenise", lambda _: pytest.fail("tokenised again"))
-    second = lm_data.load(str(root))
-    assert second.vocabulary == first.vocabulary
-    assert all(torch.equal(a, b) for a, b in zip(first[2:], second[2:], strict=True))
-
-    monkeypatch.setattr(lm_data, "tokenise", tokenise)
-    whole = caches[0].read_bytes()
-    for damaged in (b"", whole[: len(whole) // 2], b"hello there"):
-        caches[0].write_bytes(damaged)
-        assert torch.equal(lm_data.load(str(root)).train, first.train)
-    assert len(caches[0].read_bytes()) == len(whole)
-
-    with (root / "train.txt").open("a") as file:
-        file.write("new\n")
-    third = lm_data.load(str(root))
-    assert third.train.tolist()[:-2] == first.train.tolist()
-    assert "new" in third.vocabulary
-    assert list(root.glob(".tokens-*")) != caches
-    assert len(list(root.glob(".tokens-*"))) == 1
-
-
-def test_a_folder_that_cannot_be_written_has_its_cache_in_the_temporary_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, elsewhere = make_corpus(tmp_path / "set"), tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(elsewhere))
-    write = lm_data._write
-
-    def read_only(corpus: lm_data.Corpus, cache: Path) -> None:
-        if cache.parent == root:
-            raise PermissionError
-        write(corpus, cache)
-
-    monkeypatch.setattr(lm_data, "_write", read_only)
-    first = lm_data.load(str(root))
-    assert not list(root.glob(".tokens-*"))
-    assert len(list(elsewhere.iterdir())) == 1
-    monkeypatch.setattr(lm_data, "tokenise", lambda _: pytest.fail("tokenised again"))
-    assert torch.equal(lm_data.load(str(root)).test, first.test)
-
-
 def test_wikitexts_own_file_names_are_found(tmp_path: Path) -> None:
     root = make_corpus(tmp_path / "set")
-    plain = lm_data.load(str(root))
+    plain = lm_data.load_corpus(str(root))
     for part in ("train", "valid", "test"):
         (root / f"{part}.txt").rename(root / f"wiki.{part}.tokens")
-    assert torch.equal(lm_data.load(str(root)).train, plain.train)
+    assert torch.equal(lm_data.load_corpus(str(root)).train, plain.train)
 
 
 def test_the_default_corpus_is_fetched_file_by_file_and_verified(
@@ -129,8 +78,8 @@ def test_the_default_corpus_is_fetched_file_by_file_and_verified(
     monkeypatch.setattr(files, "download", fetch)
     lm_data.WIKITEXT.mkdir(parents=True)
     shutil.copyfile(made / "valid.txt", lm_data.WIKITEXT / "valid.txt")
-    corpus = lm_data.load(str(lm_data.WIKITEXT))
-    assert torch.equal(corpus.train, lm_data.load(str(made)).train)
+    corpus = lm_data.load_corpus(str(lm_data.WIKITEXT))
+    assert torch.equal(corpus.train, lm_data.load_corpus(str(made)).train)
     folder = ["main", "word_language_model", "data", "wikitext-2"]
     assert calls == [
         ([*folder, "train.txt"], 10_797_148, "git:2d84b3"),
@@ -148,20 +97,15 @@ def test_the_blob_ids_are_wikitexts() -> None:
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"needs {REAL}")
-def test_a_second_start_does_not_tokenise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Path(shutil.copytree(REAL, tmp_path / "set", copy_function=shutil.copyfile))
-    first = lm_data.load(str(root))
-    assert (len(first.train), len(first.vocabulary)) == (245_569, 18_328)
-    assert lm_data.batchify(first.train, 20, "train").shape == (12_278, 20)
-    monkeypatch.setattr(lm_data, "tokenise", None)
-    again = lm_data.load(str(root))
-    assert again.vocabulary == first.vocabulary
-    assert torch.equal(again.train, first.train)
+def test_the_figures_of_real_text() -> None:
+    corpus = lm_data.load_corpus(str(REAL))
+    assert (len(corpus.train), len(corpus.vocabulary)) == (245_569, 18_328)
+    assert lm_data.batchify(corpus.train, 20, "train").shape == (12_278, 20)
 
 
 def test_the_sample_is_a_corpus_of_english(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    corpus = lm_data.load("sample")
+    corpus = lm_data.load_corpus("sample")
     text = [(lm_data.SAMPLE / f"{part}.txt").read_bytes() for part in ("train", "valid", "test")]
     lengths = [len(tokens) for tokens in corpus[2:]]
     assert sum(lengths) > 100_000

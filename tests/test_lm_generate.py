@@ -2,16 +2,17 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from kit import KIT, error_line, make_corpus, run
 
-import lm_checkpoint
 import lm_generate
-import lm_model
 from lm_generate import Reader
+from word_language_model import checkpoint as lm_checkpoint
+from word_language_model import model as lm_model
 
 WORDS, BPTT = 40, 5
 
@@ -26,6 +27,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         flags = ("--model", model, "--data", "set", *size, "--lr", 1, "--dry-run")
         assert run("lm_main.py", *flags, "--save", f"{model}.pt", cwd=folder).code == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def mkldnn() -> Iterator[None]:
+    """A `Reader` switches oneDNN off for its process, and so for the tests after it."""
+    yield
+    torch.backends.mkldnn.set_flags(True)
 
 
 def generate(folder: Path, model: str, *flags: object, outf: str = "text") -> str:
@@ -70,7 +78,7 @@ def test_a_long_text(models: Path) -> None:
 def test_reading_word_by_word_equals_one_pass_over_the_context(models: Path, model: str) -> None:
     """The context of an RNN is all that it read, the Transformer's the last `BPTT` words."""
     path = models / f"{model}.pt"
-    built, _ = lm_checkpoint.restore_model(lm_checkpoint.load(path), path)
+    built, _ = lm_checkpoint.restore_model(lm_checkpoint.load(path))
     reader = Reader(built, window=BPTT)
     text = torch.randint(WORDS, (4 * BPTT,)).tolist()
     for length in range(1, len(text) + 1):
@@ -87,7 +95,7 @@ def test_reading_word_by_word_equals_one_pass_over_the_context(models: Path, mod
 
 def test_the_transformer_sees_its_window_and_nothing_before_it(models: Path) -> None:
     path = models / "Transformer.pt"
-    built, _ = lm_checkpoint.restore_model(lm_checkpoint.load(path), path)
+    built, _ = lm_checkpoint.restore_model(lm_checkpoint.load(path))
     text = list(range(2 * BPTT))
     logits = Reader(built, window=BPTT).read(text)
     for place in range(len(text)):
@@ -99,7 +107,7 @@ def test_the_transformer_sees_its_window_and_nothing_before_it(models: Path) -> 
 def test_the_likeliest_word_alone_follows_a_prompt(models: Path) -> None:
     path = models / "LSTM.pt"
     content = lm_checkpoint.load(path)
-    built, vocabulary = lm_checkpoint.restore_model(content, path)
+    built, vocabulary = lm_checkpoint.restore_model(content)
     reader = Reader(built, window=BPTT)
     words = [vocabulary.index("word3"), vocabulary.index("word7")]
     expected = []
@@ -189,7 +197,7 @@ def test_a_model_of_the_original_is_refused_and_can_be_saved_again(
     result = run("lm_generate.py", *flags, cwd=tmp_path)
     assert result.code == 0, result
     assert len(result.out.split()) == 9
-    again, _ = lm_checkpoint.restore_model(lm_checkpoint.load(Path("resaved.pt")), Path())
+    again, _ = lm_checkpoint.restore_model(lm_checkpoint.load(Path("resaved.pt")))
     for name, tensor in module.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
 
@@ -233,8 +241,5 @@ def test_the_window_is_the_one_that_it_was_trained_on(
 
     monkeypatch.setattr(lm_generate, "Reader", Spy)
     monkeypatch.chdir(models)
-    try:
-        lm_generate.main(["--checkpoint", "Transformer.pt", "--words", "7"])
-    finally:
-        torch.backends.mkldnn.set_flags(True)  # which main has switched off for its process
+    lm_generate.main(["--checkpoint", "Transformer.pt", "--words", "7"])
     assert windows == [BPTT]

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from chaos import differences, scalars
-from kit import KIT, Result, Running, error_line, launch, make_corpus, run
+from kit import KIT, PROBE, Result, Running, error_line, launch, make_corpus, run
 from torch.nn import functional as F
 
-import lm_checkpoint
-import lm_data
-import lm_model
+from word_language_model import checkpoint as lm_checkpoint
+from word_language_model import data as lm_data
+from word_language_model import model as lm_model
 
 TINY = ("--emsize", 8, "--nhid", 8, "--batch_size", 4, "--bptt", 5)
 EPOCH = re.compile(
@@ -87,12 +87,12 @@ def test_the_checkpoint_is_plain_data_and_rebuilds_the_model(trained: tuple[Path
     settings = {"dropout": 0.2, "bptt": 5, "batch_size": 4, "lr": 20.0, "clip": 0.25, "seed": 1111}
     for content in (best, latest):
         assert {key: content[key] for key in sizes | settings} == sizes | settings
-        assert content["vocabulary"] == lm_data.load(str(folder / "set")).vocabulary
+        assert content["vocabulary"] == lm_data.load_corpus(str(folder / "set")).vocabulary
     losses = [float(loss) for _, loss, _ in EPOCH.findall(result.out)]
     assert best["best_val_loss"] == pytest.approx(min(losses), abs=6e-3)
     assert best["best_val_loss"] == latest["best_val_loss"]
     assert (latest["epoch"], latest["step"]) == (2, 0)
-    model, _ = lm_checkpoint.restore_model(best, folder / "model.pt")
+    model, _ = lm_checkpoint.restore_model(lm_checkpoint.load(folder / "model.pt"))
     assert_equal_bits(dict(model.state_dict()), best["state_dict"])
 
 
@@ -161,7 +161,7 @@ def follow_the_original(
 @pytest.mark.parametrize("model", lm_model.MODELS)
 def test_a_run_without_dropout_follows_the_originals_rules(model: str, tmp_path: Path) -> None:
     make_corpus(tmp_path / "set")
-    corpus = lm_data.load(str(tmp_path / "set"))
+    corpus = lm_data.load_corpus(str(tmp_path / "set"))
     lr, epochs = (5, 2) if model in ("Transformer", "RNN_RELU") else (20, 6)
     weights, losses, anneals = follow_the_original(model, corpus, epochs, lr)
     flags = ("--model", model, "--data", "set", *TINY, "--dropout", 0, "--lr", lr)
@@ -209,8 +209,7 @@ def test_four_processes_lose_what_one_does(tmp_path: Path) -> None:
         assert [v for _, v in together[tag]] == pytest.approx([v for _, v in points], rel=1e-4)
 
     probe = (KIT / "tests" / "lm_probe.py", "set", "rnn.pt", "transformer.pt")
-    env = {"PYTHONPATH": str(KIT)}
-    outputs = [launch(f, *probe, cwd=tmp_path, env=env).out for f in ("cpu.yaml", "cpu4.yaml")]
+    outputs = [launch(f, *probe, cwd=tmp_path, env=PROBE).out for f in ("cpu.yaml", "cpu4.yaml")]
     digits = [re.findall(rf"{n} processes, (\S+: \S+)", o) for n, o in zip("14", outputs)]  # noqa: B905
     assert len(digits[0]) == 2
     assert digits[0] == digits[1]
@@ -252,7 +251,7 @@ def test_ctrl_c_tests_the_best_weights_and_the_run_can_go_on_to_the_same_bits(
     assert load(latest)["epoch"] == 1
     assert load(latest)["step"] > 100
     resumed = run("lm_main.py", *flags, "--resume", latest.name, cwd=tmp_path)
-    assert f"=> loaded {latest.name} (epoch 1, step " in resumed.out
+    assert f"=> loaded checkpoint '{latest.name}' (epoch 1, step " in resumed.out
     assert END.findall(resumed.out) == END.findall(undisturbed.out)
     timeless = [re.sub(r"ms/batch +\S+", "", r.out).splitlines() for r in (undisturbed, resumed)]
     assert [x for x in timeless[1] if "| epoch   2 |   400" in x] == [
@@ -296,8 +295,8 @@ def test_a_dry_run_takes_one_step_and_exports(trained: tuple[Path, Result]) -> N
 def test_a_missing_exporter_is_said_before_training(tmp_path: Path) -> None:
     script = tmp_path / "without.py"
     script.write_text(
-        "import sys\nsys.modules['onnxscript'] = None\nimport lm_main, runtime\n"
-        "runtime.run_script(lm_main.main)\n"
+        "import sys\nsys.modules['onnxscript'] = None\nimport lm_main\n"
+        "from engine.exits import run_script\nrun_script(lm_main.main)\n"
     )
     line = error_line(run(str(script), "--onnx-export", "x.onnx", cwd=tmp_path))
     assert "--onnx-export needs onnxscript: pip install onnx onnxscript" in line
@@ -311,7 +310,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
     before = [file.read_bytes() for file in files]
     flags = ("--data", "set", "--epochs", 9, "--resume", files[1], "--lr", 1e38, "--clip", 1e38)
     line = error_line(run("lm_main.py", *flags, "--checkpoint-every", 1, cwd=folder))
-    assert re.search(r"the loss is not finite in epoch 3 at batch \d: lower --lr", line)
+    assert re.search(r"the loss is not finite in epoch 3 at step \d: lower --lr", line)
     assert before[0] == files[0].read_bytes()
     assert all(tensor.isfinite().all() for tensor in load(files[1])["state_dict"].values())
     files[1].write_bytes(before[1])
@@ -366,8 +365,8 @@ def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result])
         damage(best, "6.pt", vocabulary=list(range(40))): "its vocabulary is no list of words",
         damage(best, "7.pt", bptt=0): "bptt is 0: damaged",
         damage(best, "8.pt", lr="fast"): "lr is 'fast': damaged",
-        damage(best, "9.pt", epoch=-1): "epoch is -1: damaged",
-        damage(best, "10.pt", step=3): "its step, sums or hidden state are not those of a LSTM",
+        damage(best, "9.pt", epoch=-1): "epoch -1, step 0 of 105: damaged",
+        damage(best, "10.pt", step=3): "sums or hidden state are not those of a LSTM",
         damage(best, "11.pt", optimizer={"state": 1}): "its optimizer is not one for this model",
         damage(
             best, "12.pt", state_dict={k: v for k, v in state.items() if "bias_hh_l1" not in k}
@@ -419,14 +418,15 @@ def test_an_unfinished_epoch_is_resumed_with_its_own_batches(trained: tuple[Path
     folder, _ = trained
     hidden = [torch.zeros(2, 4, 8), torch.zeros(2, 4, 8)]
     middle: dict[str, Any] = {"epoch": 1, "step": 3, "sums": [[1.0, 2.0]], "hidden": hidden}
+    remedy = "and this run has %d: resume it as it was, or from the end of an epoch"
     for changes, flags, message in (
-        ({}, ("--batch_size", 8), "within an epoch of batch_size 4: resume it with that, or from"),
-        ({}, ("--bptt", 6), "within an epoch of bptt 5"),
+        ({}, ("--batch_size", 8), f"lies within an epoch of batch_size 4, {remedy % 8}"),
+        ({}, ("--bptt", 6), f"lies within an epoch of bptt 5, {remedy % 6}"),
         ({"hidden": hidden[:1]}, (), "hidden state are not those of a LSTM"),
         ({"hidden": [torch.zeros(2, 3, 8)] * 2}, (), "hidden state are not those of a LSTM"),
         ({"hidden": [1, 2]}, (), "hidden state are not those of a LSTM"),
         ({"sums": [1.0]}, (), "sums are not rows of 2 numbers"),
-        ({"step": 106}, (), "its step, sums or hidden state"),
+        ({"step": 106}, (), "epoch 1, step 106 of 105: damaged"),
     ):
         name = damage(folder / "model.checkpoint.pt", "part.pt", **{**middle, **changes})
         result = run("lm_main.py", "--data", "set", "--resume", name, *flags, cwd=folder)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from kit import error_line, run
 
-import image_model
-from image_model import ModelSpec
+from image_classification import model as image_model
+from image_classification.model import ModelSpec
 
 PUBLISHED = """\
   conv            3×64×64 → 64×64×64

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from chaos import MEASURED, damage, differences, read, scalars
 from kit import (
+    PATIENCE,
     Launched,
     Result,
     Running,
@@ -29,7 +30,7 @@ TINY = ("--data", "set", "--emsize", 8, "--nhid", 8, "--batch_size", 4, "--bptt"
 BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -120,7 +121,7 @@ def test_four_processes_survive_their_launcher_and_end_with_a_lost_one(tmp_path:
     started = time.monotonic()
     os.kill(children(launched.process.pid)[2], signal.SIGKILL)
     lost = launched.finish()
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120  # and not gloo's two hours
     lines = [line for line in lost.err.splitlines() if "lm_main.py: error:" in line]
     assert len(lines) == 1, lost.err
     assert "another process of the run has gone" in lines[0]
@@ -143,7 +144,9 @@ def test_another_number_of_processes_goes_on_with_the_same_order(tmp_path: Path)
     assert process.finish().code == STOPPED
     resumed = launch("cpu4.yaml", "lm_main.py", *flags, cwd=tmp_path)
     assert resumed.code == 0, resumed
-    assert re.search(r"=> loaded model.checkpoint.pt \(epoch 0, step [1-9]", resumed.out)
+    assert re.search(
+        r"=> loaded checkpoint 'model\.checkpoint\.pt' \(epoch 0, step [1-9]", resumed.out
+    )
     curves = [scalars(tmp_path / f"{name}.logs") for name in ("whole", "model")]
     for tag, points in curves[0].items():
         assert [value for _, value in curves[1][tag]] == pytest.approx(
@@ -152,12 +155,12 @@ def test_another_number_of_processes_goes_on_with_the_same_order(tmp_path: Path)
 
 
 def test_a_run_stopped_in_validation_does_not_train_its_epoch_again(tmp_path: Path) -> None:
-    make_corpus(tmp_path / "set", train=400, valid=40_000)
-    flags = [*TINY, "--epochs", 1, "--checkpoint-every", 19, "--resume", "auto"]
+    make_corpus(tmp_path / "set", train=400, valid=100_000)
+    flags = [*TINY, "--epochs", 1, "--checkpoint-every", 20, "--resume", "auto"]
     assert run("lm_main.py", *flags, "--save", "whole.pt", cwd=tmp_path).code == 0
     process = Running("lm_main.py", *flags, cwd=tmp_path, env={})
     wait_for((tmp_path / "model.checkpoint.pt").exists)
-    time.sleep(0.1)
+    time.sleep(0.3)  # one more step comes before the validation
     assert process.process.pid is not None
     os.kill(process.process.pid, signal.SIGTERM)
     stopped = process.finish()
@@ -173,18 +176,20 @@ def test_a_run_stopped_in_validation_does_not_train_its_epoch_again(tmp_path: Pa
 
 WAITING = """
 import sys, time
-import runtime
+from engine import preemption as signals
+from engine.exits import run_script
+from engine.launch import build_accelerator
 
 def main():
-    runtime.SAME_REQUEST = 0.5
-    preemption = runtime.Preemption(runtime.build_accelerator())
+    signals.SAME_REQUEST = 0.5
+    preemption = signals.Preemption(build_accelerator())
     print("ready", flush=True)
     if sys.argv[1] == "deferred":
         with preemption.deferred():
             time.sleep(60)
     time.sleep(60)
 
-runtime.run_script(main)
+run_script(main)
 """
 
 
@@ -264,7 +269,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(tmp_path: P
     resumed = run("lm_main.py", *flags, "--epochs", 3, cwd=tmp_path)
     assert resumed.code == 0, resumed
     assert "=> checkpoint model.checkpoint.pt: damaged, cut, or no checkpoint" in resumed.out
-    assert "=> loaded model.checkpoint.previous.pt (epoch 1, step 0)" in resumed.out
+    assert "=> loaded checkpoint 'model.checkpoint.previous.pt' (epoch 1, step 0)" in resumed.out
     for name in ("whole", "model"):
         shutil.copy(tmp_path / f"{name}.checkpoint.pt", tmp_path / name)
     assert list(differences(read(tmp_path / "whole"), read(tmp_path / "model"))) == []

@@ -1,7 +1,6 @@
-"""Augmentation of image batches on the training device, each sample with its own crop.
+"""Augmentation of whole image batches on the training device, each sample with its own crop.
 
-The distribution is that of the original's RandomResizedCrop and RandomHorizontalFlip; what a
-sample gets depends on (seed, epoch, sample index) alone.
+The distribution is that of the original's RandomResizedCrop and RandomHorizontalFlip.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ SCALE = (0.08, 1.0)  # of the image's area
 RATIO = (3 / 4, 4 / 3)  # width to height
 ATTEMPTS = 10
 
-# ImageNet's channel statistics, as in the original. No tensors yet: torch's first one decides
-# whether it uses huge pages, and has to come after runtime.build_accelerator asks for them.
+# ImageNet's channel statistics, as in the original. Not tensors: torch decides about huge pages
+# at its first allocation, which has to come after build_accelerator has asked for them.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
 @functools.cache
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """For pixels from 0 to 255; once, as a copy in every step would make the step wait for it."""
+    """`MEAN` and `STD` for pixels from 0 to 255; cached, as a copy to the GPU stalls the step."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (MEAN, STD))
     return mean.to(device), std.to(device)
 
@@ -43,8 +42,8 @@ class Crops(NamedTuple):
 def draw_crops(n: int, height: int, width: int, generator: torch.Generator) -> Crops:
     """Draw crop boxes and flips for `n` images of `height` × `width` pixels.
 
-    The rule of torchvision.transforms.RandomResizedCrop.get_params: the first of ten boxes of
-    random area and aspect ratio that fits, else the largest central box of an allowed ratio.
+    The rule is that of torchvision.transforms.RandomResizedCrop.get_params: the first of ten boxes
+    of random area and aspect ratio that fits, else the largest central box of an allowed ratio.
     """
     area = height * width * torch.empty(n, ATTEMPTS).uniform_(*SCALE, generator=generator)
     log_ratio = torch.empty(n, ATTEMPTS).uniform_(*map(math.log, RATIO), generator=generator)
@@ -77,12 +76,12 @@ def draw_crops(n: int, height: int, width: int, generator: torch.Generator) -> C
 def resized_crop(images: torch.Tensor, crops: Crops, size: int) -> torch.Tensor:
     """Crop, resize to `size` × `size` and flip every image by its own box.
 
-    Bilinear, equal to torchvision's resized_crop where a crop is enlarged; where it may shrink,
-    several samples a pixel are averaged, which comes close to its antialiasing.
+    Bilinear. When crops can only be enlarged, the result is that of torchvision's resized_crop;
+    when they may shrink, the mean of several points a pixel comes close to its antialiasing.
 
     Args:
         images: [n, 3, height, width], uint8.
-        crops: of the n images, on the same device.
+        crops: of the n images, on their device.
 
     Returns:
         [n, 3, size, size], float32 from 0 to 255.
@@ -91,15 +90,12 @@ def resized_crop(images: torch.Tensor, crops: Crops, size: int) -> torch.Tensor:
     oversampling = math.ceil(max(height, width) / size)
     points = size * oversampling
     centre = (torch.arange(points, device=images.device) + 0.5) / points
-    across = torch.where(crops.flip[:, None], 1 - centre, centre)
-    # Source coordinates in pixels, kept inside the box: beyond its outermost pixel centres the
-    # edge repeats, as it does when the crop is a picture of its own.
-    x = crops.left[:, None] + (across * crops.width[:, None]).clamp(min=0.5).minimum(
-        crops.width[:, None] - 0.5
-    )
-    y = crops.top[:, None] + (centre * crops.height[:, None]).clamp(min=0.5).minimum(
-        crops.height[:, None] - 0.5
-    )
+    top, left, box_height, box_width, flip = (field[:, None] for field in crops)
+    across = torch.where(flip, 1 - centre, centre)
+    # Source coordinates in pixels, clamped to the box's outermost pixel centres: its edge repeats,
+    # as if the crop were a picture of its own.
+    x = left + (across * box_width).clamp(min=0.5).minimum(box_width - 0.5)
+    y = top + (centre * box_height).clamp(min=0.5).minimum(box_height - 0.5)
     grid = torch.empty(len(images), points, points, 2, device=images.device)
     grid[..., 0] = (x * (2 / width) - 1)[:, None, :]
     grid[..., 1] = (y * (2 / height) - 1)[:, :, None]
@@ -118,8 +114,7 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
     """Normalise float pixels from 0 to 255 by ImageNet's statistics, into channels_last memory.
 
-    Works in place on `pixels`: fresh memory for every operation would cost more than the
-    operation.
+    Works in place on `pixels`: fresh memory costs more than the arithmetic.
     """
     mean, std = _statistics(pixels.device)
     return pixels.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)

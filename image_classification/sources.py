@@ -11,9 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as TF
 
-import files
-from files import whole_or_absent
-from runtime import UserError
+from engine import files
+from engine.cli import UserError
 
 TINY_IMAGENET = Path("data/tiny-imagenet-200")
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -43,11 +42,12 @@ Point = tuple[float, float]
 def resolve(name: str, download: bool) -> Path:
     """The folder that the argument DIR names, made first when the kit can make it.
 
-    `sample` is drawn, and Tiny-ImageNet's default folder is unpacked from an archive beside it,
-    which is downloaded when it is not there.
+    `sample` is drawn. Tiny-ImageNet's default folder is unpacked from an archive beside it, which
+    is downloaded when it is missing.
 
     Raises:
-        UserError: when Tiny-ImageNet is missing and cannot be downloaded.
+        UserError: Tiny-ImageNet cannot be downloaded, its archive is another file, or the disk is
+            full.
     """
     if name == "sample":
         if not SAMPLE.exists():
@@ -55,26 +55,27 @@ def resolve(name: str, download: bool) -> Path:
             draw_sample(SAMPLE)
         return SAMPLE
     root = Path(name)
-    if root == TINY_IMAGENET and not root.exists():
-        archive = root.with_name(f"{root.name}.zip")
-        expected = {"size": TINY_IMAGENET_SIZE, "digest": TINY_IMAGENET_DIGEST}
-        reason = "--no-download was given"
-        try:
-            if archive.exists():
-                files.check_file(archive, **expected)  # type: ignore[arg-type]
-            elif download:
-                print(f"=> downloading {TINY_IMAGENET_URL} to {archive}", flush=True)
-                files.download(TINY_IMAGENET_URL, archive, **expected)  # type: ignore[arg-type]
-        except UserError as error:
-            reason = str(error)
+    if root != TINY_IMAGENET or root.exists():
+        return root
+    archive = root.with_name(f"{root.name}.zip")
+    try:
+        if archive.exists():
+            files.check_file(
+                archive, str(archive), size=TINY_IMAGENET_SIZE, digest=TINY_IMAGENET_DIGEST
+            )
+        elif download:
+            print(f"=> downloading {TINY_IMAGENET_URL} to {archive}", flush=True)
+            files.download(
+                TINY_IMAGENET_URL, archive, size=TINY_IMAGENET_SIZE, digest=TINY_IMAGENET_DIGEST
+            )
         else:
-            if archive.exists():
-                files.unpack(archive, root.name, root)
-                return root
+            raise UserError("--no-download was given")
+    except UserError as reason:
         raise UserError(
             f"{root} is missing and cannot be downloaded ({reason}): put {TINY_IMAGENET_URL} at "
             f"{archive} by hand, name another DIR, or try the built-in dataset: sample"
-        )
+        ) from reason
+    files.unpack(archive, root.name, root)
     return root
 
 
@@ -83,30 +84,29 @@ def draw_sample(root: Path) -> None:
 
     Every image follows from its name alone. Clutter, weak contrast and noise leave even a good
     model some errors; every twentieth image is grey.
+
+    Raises:
+        UserError: a full disk, or a folder that is not writable.
     """
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with whole_or_absent(root) as temporary:
-            for wnid in SAMPLE_CLASSES:
-                folder = temporary / "train" / wnid / "images"
-                folder.mkdir(parents=True)
-                for i in range(SAMPLE_TRAIN):
-                    _draw(wnid, f"{wnid}_{i}").save(folder / f"{wnid}_{i}.JPEG", quality=90)
-            folder = temporary / "val" / "images"
+    with files.writing(root) as temporary:
+        for wnid in SAMPLE_CLASSES:
+            folder = temporary / "train" / wnid / "images"
             folder.mkdir(parents=True)
-            lines = []
-            order = list(SAMPLE_CLASSES) * SAMPLE_VAL
-            random.Random("validation order").shuffle(order)
-            for i, wnid in enumerate(order):
-                name = f"val_{i}"
-                _draw(wnid, name).save(folder / f"{name}.JPEG", quality=90)
-                lines.append(f"{name}.JPEG\t{wnid}\t0\t0\t{SIDE - 1}\t{SIDE - 1}\n")
-            (temporary / "val" / "val_annotations.txt").write_text("".join(lines))
-            (temporary / "wnids.txt").write_text("".join(f"{w}\n" for w in SAMPLE_CLASSES))
-            words = "".join(f"{wnid}\t{word}\n" for wnid, word in SAMPLE_CLASSES.items())
-            (temporary / "words.txt").write_text(words)
-    except OSError as error:
-        raise UserError(f"cannot write the sample dataset to {root}: {error.strerror}") from error
+            for i in range(SAMPLE_TRAIN):
+                _draw(wnid, f"{wnid}_{i}").save(folder / f"{wnid}_{i}.JPEG", quality=90)
+        folder = temporary / "val" / "images"
+        folder.mkdir(parents=True)
+        lines = []
+        order = list(SAMPLE_CLASSES) * SAMPLE_VAL
+        random.Random("validation order").shuffle(order)
+        for i, wnid in enumerate(order):
+            name = f"val_{i}"
+            _draw(wnid, name).save(folder / f"{name}.JPEG", quality=90)
+            lines.append(f"{name}.JPEG\t{wnid}\t0\t0\t{SIDE - 1}\t{SIDE - 1}\n")
+        (temporary / "val" / "val_annotations.txt").write_text("".join(lines))
+        (temporary / "wnids.txt").write_text("".join(f"{w}\n" for w in SAMPLE_CLASSES))
+        words = "".join(f"{wnid}\t{word}\n" for wnid, word in SAMPLE_CLASSES.items())
+        (temporary / "words.txt").write_text(words)
 
 
 def _draw(wnid: str, name: str) -> Image.Image:
@@ -118,12 +118,12 @@ def _draw(wnid: str, name: str) -> Image.Image:
         x, y, r = rng.uniform(0, CANVAS), rng.uniform(0, CANVAS), rng.uniform(6, 30)
         shade = tuple(max(0, min(255, c + rng.randrange(-45, 46))) for c in background)
         draw.line([(x - r, y - r), (x + r, y + rng.uniform(-r, r))], shade, rng.randrange(2, 12))
-    # Each class leans to a hue of its own, which is quick to learn and often wrong.
+    # Each class has a typical hue, quick to learn but often misleading.
     hue = list(SAMPLE_CLASSES).index(wnid) / len(SAMPLE_CLASSES) + rng.gauss(0, 0.06)
     colour = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 1), rng.uniform(0.35, 1))
     mask = _shape(SAMPLE_CLASSES[wnid], rng)
     image.paste(tuple(round(255 * c) for c in colour), mask=mask)
-    if rng.random() < 0.4:  # something in front of it
+    if rng.random() < 0.4:  # an occluding line
         x, width = rng.uniform(0.2, 0.8) * CANVAS, rng.randrange(4, 14)
         shade = tuple(rng.randrange(256) for _ in range(3))
         draw.line([(x, 0), (x + rng.uniform(-60, 60), CANVAS)], shade, width)
@@ -138,7 +138,7 @@ def _draw(wnid: str, name: str) -> Image.Image:
 def _shape(word: str, rng: random.Random) -> Image.Image:
     """A mask of the class's shape at a random place, size and angle."""
     radius = rng.uniform(28, 52)
-    cx, cy = (rng.uniform(radius * 0.9, CANVAS - radius * 0.9) for _ in range(2))
+    cx, cy = centre = [rng.uniform(radius * 0.9, CANVAS - radius * 0.9) for _ in range(2)]
     angle = rng.uniform(0, 2 * math.pi)
     mask = Image.new("1", (CANVAS, CANVAS))
     draw = ImageDraw.Draw(mask)
@@ -148,19 +148,14 @@ def _shape(word: str, rng: random.Random) -> Image.Image:
         phi = angle + 2 * math.pi * turn
         return cx + radius * distance * math.cos(phi), cy + radius * distance * math.sin(phi)
 
-    def disc(centre: Point, r: float, fill: int = 1) -> None:
-        x, y = centre
-        draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
-
-    centre = (cx, cy)
     if word == "disc":
-        disc(centre, radius * 0.85)
+        draw.circle(centre, radius * 0.85, fill=1)
     elif word == "ring":
-        disc(centre, radius * 0.95)
-        disc(centre, radius * rng.uniform(0.5, 0.7), 0)
+        draw.circle(centre, radius * 0.95, fill=1)
+        draw.circle(centre, radius * rng.uniform(0.5, 0.7), fill=0)
     elif word == "crescent":
-        disc(centre, radius)
-        disc(at(0.5, 0), radius * 0.85, 0)
+        draw.circle(centre, radius, fill=1)
+        draw.circle(at(0.5, 0), radius * 0.85, fill=0)
     elif word == "square":
         draw.polygon([at(1, k / 4) for k in range(4)], fill=1)
     elif word == "triangle":
@@ -177,17 +172,15 @@ def _shape(word: str, rng: random.Random) -> Image.Image:
         for i in range(cells + 1):
             for j in range(cells + 1):
                 u, v = -1 + i * step, -1 + j * step
-                if word == "checks" and (i + j) % 2:
-                    continue
-                if word == "stripes" and i % 2:
+                if (word == "checks" and (i + j) % 2) or (word == "stripes" and i % 2):
                     continue
                 corners = [(u, v), (u + step, v), (u + step, v + step), (u, v + step)]
                 placed = [at(math.hypot(p, q), math.atan2(q, p) / 2 / math.pi) for p, q in corners]
                 if word == "dots":
-                    disc(placed[0], radius * step * 0.32)
+                    draw.circle(placed[0], radius * step * 0.32, fill=1)
                 else:
                     draw.polygon(placed, fill=1)
         window = Image.new("1", mask.size)
-        ImageDraw.Draw(window).ellipse([cx - radius, cy - radius, cx + radius, cy + radius], fill=1)
+        ImageDraw.Draw(window).circle(centre, radius, fill=1)
         mask = Image.composite(mask, Image.new("1", mask.size), window)
     return mask

@@ -14,25 +14,32 @@ from torch.func import functional_call
 from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from runtime import UserError
+from engine.cli import UserError
 
 ARCHITECTURES = sorted(models.list_models(module=models))
 STEMS = ("stride1", "stock", "cifar")
-DEFAULT_ARCH, DEFAULT_STEM, DEFAULT_SIZE = "resnet18", "stride1", 64
 
 
 class ModelSpec(NamedTuple):
-    """What rebuilds a model: enough beside its state dict."""
+    """All that is needed, beside a state dict, to rebuild a model."""
 
     arch: str
-    stem: str | None  # None for what is not a ResNet
+    stem: str | None  # None where the architecture is not a ResNet
     num_classes: int
-    image_size: int
+    image_size: int  # pixels a side
+
+
+DEFAULT = ModelSpec("resnet18", "stride1", num_classes=200, image_size=64)  # for Tiny-ImageNet
 
 
 def has_stem(arch: str) -> bool:
-    """Whether `arch` is of the ResNet family, to which --stem applies."""
+    """Whether `arch` is a ResNet, to which --stem applies."""
     return "resne" in arch  # resnet18, wide_resnet50_2, resnext50_32x4d
+
+
+def default_spec(arch: str) -> ModelSpec:
+    """The defaults for another architecture."""
+    return DEFAULT._replace(arch=arch, stem=DEFAULT.stem if has_stem(arch) else None)
 
 
 def check_architecture(arch: str) -> None:
@@ -45,9 +52,9 @@ def check_architecture(arch: str) -> None:
 def build_model(spec: ModelSpec, pretrained: bool = False) -> nn.Module:
     """A torchvision classifier whose head has `num_classes` outputs.
 
-    The stem of a ResNet: `stock` is torchvision's, a 7×7 convolution of stride 2 and pooling;
-    `stride1` is the same convolution at stride 1, which suits 64 px and has the same state dict;
-    `cifar` is a 3×3 convolution of stride 1 without pooling.
+    A ResNet's stem `stock` is torchvision's: a 7×7 convolution of stride 2, then pooling.
+    `stride1` has stride 1 instead, which suits 64 px; the state dict has the same shapes. `cifar`
+    is a 3×3 convolution of stride 1 without pooling.
 
     Args:
         pretrained: take torchvision's ImageNet weights, except for layers whose shape differs
@@ -73,19 +80,17 @@ def build_model(spec: ModelSpec, pretrained: bool = False) -> nn.Module:
 def _construct(spec: ModelSpec) -> nn.Module:
     options: dict[str, Any] = {}
     if spec.arch in ("googlenet", "inception_v3"):
-        # The auxiliary heads exist for training as of 2014 and would change what forward returns.
-        # They bring their inputs to other statistics when they have torchvision's weights.
+        # With auxiliary heads forward would return several outputs. Torchvision's weights expect
+        # inputs normalised as in the TensorFlow models that they come from.
         options = {"aux_logits": False, "init_weights": True, "transform_input": True}
     elif spec.arch.startswith("vit_"):
         options = {"image_size": spec.image_size}
     elif spec.arch.startswith("maxvit"):
         options = {"input_size": (spec.image_size, spec.image_size)}
     model: nn.Module = models.get_model(spec.arch, num_classes=spec.num_classes, **options)
-    if spec.stem == "stride1":
-        assert isinstance(model, models.ResNet)
+    if isinstance(model, models.ResNet) and spec.stem == "stride1":
         model.conv1.stride = (1, 1)
-    elif spec.stem == "cifar":
-        assert isinstance(model, models.ResNet)
+    elif isinstance(model, models.ResNet) and spec.stem == "cifar":
         model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
@@ -93,13 +98,13 @@ def _construct(spec: ModelSpec) -> nn.Module:
 
 
 def _try(spec: ModelSpec) -> tuple[nn.Module | None, str]:
-    """The model, or None and what it said of the image size."""
+    """The model, or None and its error message when it cannot take images of this size."""
     try:
         model = _construct(spec)
         with torch.no_grad():
             images = torch.empty(2, 3, spec.image_size, spec.image_size, device="meta")
             functional_call(model.eval(), meta_tensors(model), (images,))
-    # Each architecture refuses in its own way: asserts, ValueErrors, RuntimeErrors of a kernel.
+    # Architectures differ: an assert, a ValueError, or a RuntimeError of some kernel.
     except Exception as error:
         return None, str(error).splitlines()[0] if str(error) else type(error).__name__
     return model.train(), ""
@@ -108,7 +113,7 @@ def _try(spec: ModelSpec) -> tuple[nn.Module | None, str]:
 def meta_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers on the meta device, for torch.func.functional_call.
 
-    A pass with them and with meta images has every shape and every hook, and no arithmetic.
+    A forward pass with them and meta images has all shapes and hooks, but no arithmetic.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {n: t.detach().to("meta").requires_grad_(t.requires_grad) for n, t in tensors}
@@ -116,10 +121,10 @@ def meta_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _load_pretrained(model: nn.Module, spec: ModelSpec) -> None:
     choices = models.get_model_weights(spec.arch)
-    # The original's pretrained=True means the first weights published.
+    # The original's pretrained=True gives torchvision's first weights.
     weights = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
     try:
-        # Torchvision's own loading knows the old names in some of its files.
+        # Torchvision's constructor, since it renames the old keys of some of its files.
         with patch_environment(torch_force_weights_only_load="1"):
             state = models.get_model(spec.arch, weights=weights).state_dict()
     except (urllib.error.URLError, RuntimeError, OSError) as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime import UserError
+from engine.cli import UserError
 
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 20
@@ -54,6 +54,17 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
         _remove(temporary)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """`whole_or_absent` in a folder that is made, with a failing disk as a `UserError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_or_absent(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -71,6 +82,23 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_writable(directory: Path, flag: str) -> None:
+    """Make `directory` and write to it now rather than after hours of training.
+
+    Raises:
+        UserError: when it cannot be made or written; names the flag that chooses another.
+    """
+    probe = directory / f".write-test-{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {directory}: {error.strerror}; choose another with {flag}"
+        ) from error
+
+
 def download(url: str, path: Path, *, size: int, digest: str) -> None:
     """Fetch `url` to `path` with a progress bar; `path` appears only when size and digest match.
 
@@ -80,51 +108,39 @@ def download(url: str, path: Path, *, size: int, digest: str) -> None:
     Raises:
         UserError: no network, a server's refusal, a file of another size or content, a full disk.
     """
-    hasher = _hasher(digest, size)
     received = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with (
             whole_or_absent(path) as temporary,
             urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response,
-            temporary.open("wb") as output,
             tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as progress,
         ):
-            # One byte more than expected is enough to know that the file is another one.
-            while chunk := response.read(min(CHUNK, size + 1 - received)):
-                output.write(chunk)
-                hasher.update(chunk)
-                received += len(chunk)
-                progress.update(len(chunk))
-            _check(url, size, digest, received, hasher.hexdigest())
+            with temporary.open("wb") as output:
+                # One byte more than expected is enough to know that the file is another one.
+                while chunk := response.read(min(CHUNK, size + 1 - received)):
+                    received += output.write(chunk)
+                    progress.update(len(chunk))
+            check_file(temporary, url, size=size, digest=digest)
     except urllib.error.HTTPError as error:
         raise UserError(f"{url}: the server answered {error.code} {error.reason}") from error
-    except urllib.error.URLError as error:
-        raise UserError(f"{url}: {error.reason}") from error
-    except http.client.HTTPException as error:
-        raise UserError(f"{url}: the transfer broke off ({error!r})") from error
+    except (urllib.error.URLError, http.client.HTTPException) as error:
+        raise UserError(f"{url}: {getattr(error, 'reason', f'broke off ({error!r})')}") from error
     except OSError as error:
         raise UserError(f"{url} to {path}: {error.strerror or error}") from error
 
 
-def check_file(path: Path, *, size: int, digest: str) -> None:
-    """Raise `UserError` unless the file at `path` has this size and digest."""
-    with path.open("rb") as file:
-        hasher = hashlib.file_digest(file, lambda: _hasher(digest, size))
-    _check(str(path), size, digest, path.stat().st_size, hasher.hexdigest())
-
-
-def _hasher(digest: str, size: int) -> hashlib._Hash:
-    if digest.startswith("git:"):
-        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    return hashlib.md5(usedforsecurity=False)
-
-
-def _check(name: str, size: int, digest: str, found_size: int, found: str) -> None:
+def check_file(path: Path, name: str, *, size: int, digest: str) -> None:
+    """Raise `UserError` unless the file at `path`, called `name`, has this size and digest."""
+    found_size = path.stat().st_size
     if found_size != size:
         there = f"more than {size}" if found_size > size else str(found_size)
         raise UserError(f"{name}: {size:,} bytes expected, but there are {there}")
     kind, _, wanted = digest.partition(":")
+    blob = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    hasher = blob if kind == "git" else hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hasher).hexdigest()
     if found != wanted:
         raise UserError(
             f"{name}: its {kind} hash is {found} instead of {wanted}: not the file expected"
@@ -139,7 +155,7 @@ def unpack(archive: Path, folder: str, destination: Path) -> None:
             leaves it, or a full disk.
     """
     try:
-        with zipfile.ZipFile(archive) as content, whole_or_absent(destination) as temporary:
+        with zipfile.ZipFile(archive) as content, writing(destination) as temporary:
             members = [m for m in content.infolist() if m.filename.startswith(f"{folder}/")]
             if not members:
                 raise UserError(f"{archive}: holds no folder {folder}")
@@ -150,5 +166,3 @@ def unpack(archive: Path, folder: str, destination: Path) -> None:
                 content.extract(member, temporary)
     except zipfile.BadZipFile as error:
         raise UserError(f"{archive}: not a whole zip file ({error}); delete it") from error
-    except OSError as error:
-        raise UserError(f"cannot unpack {archive} to {destination}: {error}") from error

@@ -1,0 +1,1 @@
+"""What any training stands on; knows neither images nor words."""

@@ -1,0 +1,286 @@
+"""Checkpoints as data: written whole or not at all, read without executing anything."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import copy
+import pickle
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from engine.cli import UserError
+from engine.files import whole_or_absent
+
+
+class Checkpoint(dict[str, Any]):
+    """What a file holds; empty for a run that starts anew.
+
+    From a file it has at least `state_dict`, whose names have lost the `module.` that
+    DistributedDataParallel and DataParallel put before them.
+    """
+
+    def __init__(self, path: Path = Path(), content: Mapping[str, Any] | None = None) -> None:
+        super().__init__(content or {})
+        self.path = path
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"checkpoint {self.path}: {message}")
+
+    def value(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        """The value of `key` when it is a `kind`, None when the key is absent.
+
+        Raises:
+            UserError: a value of another type.
+        """
+        found = self.get(key)
+        if found is not None and (not isinstance(found, kind) or isinstance(found, bool)):
+            raise self.error(f"{key} is a {type(found).__name__}: damaged")
+        return found
+
+    def sums(self, width: int) -> list[list[float]] | None:
+        """The sums of an unfinished epoch, a row of `width` numbers for each process."""
+        rows: list[list[float]] | None = self.value("sums", list)
+        for row in rows or ():
+            if not (isinstance(row, list) and [type(x) for x in row] == [float] * width):
+                raise self.error(f"sums are not rows of {width} numbers: damaged")
+        return rows
+
+    def load_state(self, model: nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
+        """Load `state` into `model`, which is `what`.
+
+        Raises:
+            UserError: the first name, shape or type that is not the model's.
+        """
+        own = model.state_dict()
+        for name in {**own, **state}:
+            if name not in state or name not in own:
+                where = "lacks" if name not in state else "has a superfluous"
+                raise self.error(f"{where} {name}: not {what}")
+            have, want = state[name], own[name]
+            if have.shape != want.shape:
+                raise self.error(
+                    f"{name} has shape {tuple(have.shape)} instead of {tuple(want.shape)}"
+                )
+            if have.is_floating_point() != want.is_floating_point():
+                raise self.error(f"{name} is {have.dtype} instead of {want.dtype}")
+        model.load_state_dict(state)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Load the optimizer's state, if there is one.
+
+        Raises:
+            UserError: the state of another optimizer, or of one for another model.
+        """
+        state = self.value("optimizer", dict)
+        if not state:
+            return
+        try:
+            optimizer.load_state_dict(state)
+            for parameter, values in optimizer.state.items():
+                for name, tensor in values.items():
+                    # `step` is AdamW's count; momentum is None before the first step.
+                    if name != "step" and tensor is not None and tensor.shape != parameter.shape:
+                        raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self.error(f"its optimizer is not one for this model ({error})") from error
+
+
+def save(
+    checkpoint: Mapping[str, Any], path: Path, *copies: Path, previous: Path | None = None
+) -> None:
+    """Write `checkpoint` to each of `copies` and then to `path`, each whole or not at all.
+
+    `path` comes last: a run that is killed in between resumes from the older `path` and writes
+    the copies again, with the same bits.
+
+    Args:
+        previous: takes what was at `path`.
+
+    Raises:
+        UserError: when the disk is full or not writable; what was there before is still whole.
+    """
+    target = path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as afterwards:
+            if previous is not None:
+                # A second name for now, which takes its place when `path` has its new file: at
+                # every moment there are two files, and one may be damaged.
+                older = afterwards.enter_context(whole_or_absent(previous))
+                try:
+                    older.hardlink_to(path)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(path, older)
+            with whole_or_absent(path) as temporary:
+                torch.save(dict(checkpoint), temporary)
+                for target in copies:
+                    with whole_or_absent(target) as duplicate:
+                        shutil.copyfile(temporary, duplicate)
+                target = path
+    # torch.save reports a full disk as a RuntimeError of its zip writer.
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"cannot write {target} ({reason}); the one before it is kept, and --resume auto "
+            "goes on from there once there is room"
+        ) from error
+
+
+def previous_of(latest: Path) -> Path:
+    """Where the checkpoint before the latest one is kept, in case that is damaged."""
+    return latest.with_name(f"{latest.stem}.previous{latest.suffix}")
+
+
+class Writer:
+    """Writes a run's checkpoints beside its training, and keeps the one before the latest.
+
+    A failure is raised by the next call of any method. Leaving the context waits.
+
+    Args:
+        resumed: the file that the run goes on from; another run's previous one is not kept.
+    """
+
+    def __init__(self, latest: Path, resumed: Path | None) -> None:
+        self.latest, self.previous = latest, previous_of(latest)
+        self.newest = resumed and resumed.resolve()
+        self.executor = concurrent.futures.ThreadPoolExecutor(1)
+        self.written: concurrent.futures.Future[None] = self.executor.submit(lambda: None)
+
+    def save(self, checkpoint: Mapping[str, Any], *copies: Path) -> None:
+        """Copy `checkpoint` in memory, which takes its time from training, and write it later."""
+        self.wait()
+        # A deep copy keeps tensors that share their memory together, as tied weights do.
+        snapshot = copy.deepcopy(dict(checkpoint))
+        self.written = self.executor.submit(self._write, snapshot, copies)
+
+    def _write(self, checkpoint: Mapping[str, Any], copies: tuple[Path, ...]) -> None:
+        is_ours = self.newest == self.latest.resolve() and self.latest.exists()
+        save(checkpoint, self.latest, *copies, previous=self.previous if is_ours else None)
+        if not is_ours and self.newest != self.previous.resolve():
+            self.previous.unlink(missing_ok=True)
+        self.newest = self.latest.resolve()
+
+    def check(self) -> None:
+        """Raise what the last write raised, if it has ended."""
+        if self.written.done():
+            self.written.result()
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk."""
+        self.written.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self.executor.shutdown()
+        if error is None:
+            self.check()
+
+
+def find(
+    asked: Path | None, latest: Path, accelerator: Accelerator, *, needed: bool
+) -> Path | None:
+    """What `--resume` means: the path asked for; for `auto` the newest whole checkpoint, or None.
+
+    Raises:
+        UserError: when there are checkpoints and all are damaged, or none is there and `needed`.
+    """
+    if asked is None or str(asked) != "auto":
+        return asked
+    # The main process decides: the others may see an older state of a network disk.
+    answer: list[Path | UserError | None] = [None]
+    if accelerator.is_main_process:
+        answer = [_newest_whole(latest)]
+    broadcast_object_list(answer)
+    found = answer[0]
+    if isinstance(found, UserError):
+        raise found
+    if found is None and needed:
+        raise UserError(f"no checkpoint {latest} to evaluate: name one with --resume")
+    if found is None:
+        accelerator.print(f"=> no checkpoint {latest}: starting afresh")
+    return found
+
+
+def _newest_whole(latest: Path) -> Path | UserError | None:
+    problems = []
+    for path in (latest, previous_of(latest)):
+        if path.exists():
+            try:
+                load(path)
+                return path
+            except UserError as error:
+                problems.append(str(error))
+                print(f"=> {error}")
+    if not problems:
+        return None
+    damaged = "; ".join(problems)
+    return UserError(f"{damaged}: no whole checkpoint is left; move these away to start afresh")
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU: the kit's, the original's, or a bare state dict.
+
+    Raises:
+        UserError: a file that is missing, cut, damaged, not a checkpoint, or that holds code.
+    """
+    checkpoint = Checkpoint(path)
+    if not path.is_file():
+        raise checkpoint.error("is a directory" if path.is_dir() else "no such file")
+    try:
+        _verify_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise checkpoint.error(
+            "holds more than tensors and plain values, or is no checkpoint; loading it could run "
+            "code, so nothing was loaded: re-save its state_dict() alone with the program that "
+            "wrote it"
+        ) from error
+    # A cut or damaged file fails in whichever layer meets the damage first, with its exception.
+    except Exception as error:
+        spoken = isinstance(error, (OSError, RuntimeError, ValueError, zipfile.BadZipFile))
+        reason = f": {error}".splitlines()[0] if spoken else ""
+        raise checkpoint.error(f"damaged, cut, or no checkpoint{reason}") from error
+    if isinstance(content, dict) and "state_dict" not in content:
+        content = {"state_dict": content}
+    state = content["state_dict"] if isinstance(content, dict) else None
+    if not (isinstance(state, dict) and state and all(map(_is_weight, state, state.values()))):
+        raise checkpoint.error("holds no state_dict of named tensors")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    # DataParallel around `features` alone, as the original wraps AlexNet and VGG.
+    state = {name.replace("features.module.", "features."): t for name, t in state.items()}
+    checkpoint.update(content, state_dict=state)
+    if torch.is_tensor(checkpoint.get("best_acc1")):  # as the original has it
+        checkpoint["best_acc1"] = checkpoint["best_acc1"].item()
+    return checkpoint
+
+
+def _is_weight(name: object, tensor: object) -> bool:
+    if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
+        return False
+    return tensor.layout == torch.strided and tensor.device.type == "cpu"
+
+
+def _verify_archive(path: Path) -> None:
+    """Raise for a damaged archive, whose checksums torch's own reader does not look at."""
+    if not zipfile.is_zipfile(path):
+        return  # written by torch before 1.6, or no checkpoint, as torch.load will say
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("is compressed, and may unfold into more than its file's size")
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} in it is wrong")

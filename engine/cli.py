@@ -1,0 +1,108 @@
+"""Flags: their types, their errors in one line, and the settings that a resumed run keeps."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that names the thing, the place and the remedy."""
+
+
+class _HelpWithDefaults(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, argparse.SUPPRESS) or isinstance(action.default, bool):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with errors of one line, and with settings, whose defaults may come later.
+
+    Args:
+        settings: destinations of flags that `parse_args` leaves at None when they are not given,
+            for `settle` to fill in.
+    """
+
+    def __init__(self, description: str, settings: Collection[str] = ()) -> None:
+        super().__init__(description=description, formatter_class=_HelpWithDefaults)
+        self.settings = settings
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        return self.parse_args(argv, argparse.Namespace(**dict.fromkeys(self.settings)))
+
+    def settle(
+        self,
+        args: argparse.Namespace,
+        found: Mapping[str, Any],
+        path: Path | None,
+        say: Callable[[str], None],
+        fixed: Collection[str] = (),
+    ) -> None:
+        """Give every setting its value: the flag's, else the checkpoint's, else the default.
+
+        Args:
+            found: the settings that the checkpoint at `path` holds; None is no value.
+            say: prints a line, for a flag that differs from the checkpoint.
+            fixed: settings that the checkpoint's weights decide, against a flag as well.
+
+        Raises:
+            UserError: a value in the checkpoint that its flag would not take.
+        """
+        actions = {action.dest: action for action in self._actions}
+        for name in self.settings:
+            asked, value = getattr(args, name), found.get(name)
+            if value is None:
+                value = self.get_default(name) if asked is None else asked
+            elif asked is not None and asked != value:
+                flag = f"--{name.replace('_', '-')}"
+                if name in fixed:
+                    say(f"=> {path} has {name} {value}: {flag} {asked} is ignored")
+                else:
+                    say(f"=> {path} was trained with {flag} {value}, this run has {asked}")
+                    value = asked
+            else:
+                try:
+                    value = (
+                        self._get_value(actions[name], str(value)) if actions[name].type else value
+                    )
+                    self._check_value(actions[name], value)
+                except argparse.ArgumentError as error:
+                    raise UserError(f"checkpoint {path}: {name} is {value!r}: damaged") from error
+            setattr(args, name, value)
+
+
+def positive_int(text: str) -> int:
+    return _at_least(1, int(text))
+
+
+def non_negative_int(text: str) -> int:
+    return _at_least(0, int(text))
+
+
+def _at_least(least: int, value: int) -> int:
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"must fit 64 bits, which {value} does not")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on, not {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, not {text}")
+    return value

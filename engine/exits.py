@@ -1,0 +1,95 @@
+"""How a process ends: its exit code, one line on stderr, and of several processes one that speaks.
+
+Every command enters through `run_script`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import get_int_from_env
+
+from engine.cli import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = os.EX_TEMPFAIL  # 75: stopped by a signal, to be resumed
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """A signal, `signum`, asked the run to end; like KeyboardInterrupt no ordinary exception."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and leave the process; a `UserError` ends in one line and exit code 2.
+
+    Before the processes of a run have joined, all of them usually meet the same mistake, and the
+    first to leave makes the launcher end the others: so each waits its turn to speak.
+    """
+    # A log file is read while it grows, and its lines keep their order beside those of stderr.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    try:
+        main()
+    except (UserError, torch.OutOfMemoryError) as error:
+        if not dist.is_initialized():
+            # Another process may have failed first: unblock the launcher's SIGTERM, so that it
+            # ends this one before it repeats the message.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            time.sleep(min(10 * get_int_from_env(["RANK"], 0), 30))
+        full = isinstance(error, torch.OutOfMemoryError)
+        _report("the GPU's memory is full: use a smaller --batch-size" if full else str(error))
+        leave(EXIT_USER_ERROR)
+    except RuntimeError as error:
+        # A process that lost its peers has nothing to add to what the first to fail has said.
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not (lost and dist.is_initialized()):
+            raise
+        _report(
+            "another process of the run has gone (killed, or its machine lost): "
+            "--resume auto goes on from the last checkpoint"
+        )
+        leave(1)
+    except Stopped as stopped:
+        if get_int_from_env(["RANK"], 0) == 0:
+            print(f"=> {stopped}, exit code {EXIT_STOPPED}: --resume auto goes on")
+        leave(EXIT_STOPPED)
+    except KeyboardInterrupt:
+        leave(130)
+    # Not by the interpreter's own end, in which gloo's threads now and then abort the process.
+    leave(0)
+
+
+def _report(message: str) -> None:
+    """Print the line of an error, unless another process of the run has printed its own."""
+    if dist.is_initialized():
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            if store.add("ended", 1) > 1:
+                return
+        except RuntimeError:  # the store has gone with the process or the launcher that kept it
+            pass
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit at once: the ordinary way waits for process groups and workers that may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)

@@ -1,0 +1,143 @@
+"""What a launcher asked for, compared with what it started; and the device that was found.
+
+Every command builds its Accelerator with `build_accelerator`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import os
+import shutil
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, get_int_from_env
+
+from engine.cli import UserError
+
+# How mpirun's families and torchrun name the number of processes that they started.
+WORLD_SIZE_VARIABLES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+
+
+class _Accelerator(Accelerator):  # type: ignore[misc]  # untyped
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the main process, where Accelerate does so on the first of every node."""
+        if self.is_main_process:
+            print(*args, **kwargs)
+
+
+def build_accelerator(deterministic: bool = True) -> Accelerator:
+    """Build the Accelerator that runs exactly what was asked for, or raise `UserError`.
+
+    Accelerate itself starts fewer processes than a YAML names (`MULTI_CPU`), or starts them
+    unconnected (`MULTI_GPU` without GPUs), and says nothing.
+
+    Args:
+        deterministic: whether a resumed run on several GPUs has to sum gradients in the order
+            of an undisturbed one. On a CPU it always does.
+    """
+    # Huge pages for large tensors: a third of a language model's step was page faults. Torch
+    # reads this at its first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    asked = get_int_from_env(WORLD_SIZE_VARIABLES, 1)
+    asked_here = get_int_from_env(["LOCAL_WORLD_SIZE"], asked)
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip().startswith("-1")
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or hidden
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+    several_asked = launched and "MASTER_ADDR" in os.environ and asked == 1
+    if several_asked and not any(name in os.environ for name in WORLD_SIZE_VARIABLES):
+        raise UserError(
+            "the launcher was asked for several CPU processes and started one (or MASTER_ADDR is "
+            "left over in the environment: unset it): use "
+            "--config_file accelerate_configs/cpu4.yaml, or torchrun --nproc-per-node N"
+        )
+    if not wants_cpu and devices < asked_here and (launched or devices > 0):
+        raise UserError(
+            f"{asked_here} process(es) with a GPU each were asked for, and this machine shows "
+            f"{devices or 'no'} GPU(s): launch with --config_file accelerate_configs/cpu.yaml or "
+            "cpu4.yaml, or with a YAML whose num_processes is the number of GPUs"
+        )
+    cpu = wants_cpu or devices == 0
+    accelerator = _Accelerator(
+        cpu=cpu,
+        kwargs_handlers=[
+            # The others wait while a node's first process downloads or decodes.
+            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2)),
+            # Otherwise DistributedDataParallel re-orders its buckets after a process's first
+            # step, and its sums with them, so that a resumed run would end with other bits.
+            DistributedDataParallelKwargs(find_unused_parameters=cpu or deterministic),
+        ],
+    )
+    if accelerator.num_processes != asked:
+        raise UserError(
+            f"{asked} processes were asked for and {accelerator.num_processes} joined: launch with "
+            "accelerate launch --config_file accelerate_configs/… or with torchrun"
+        )
+    if accelerator.mixed_precision == "bf16" and emulates_bf16(accelerator.device):
+        # oneDNN's LSTM fails there; torch's own computes, and no layer is slower for it.
+        torch.backends.mkldnn.set_flags(False)
+    return accelerator
+
+
+def keep_freed_memory(largest: int) -> None:
+    """Have glibc keep the memory of freed tensors for the next step, where it has the say.
+
+    Aligned to huge pages, it would give each back to the kernel, which zeroes the pages anew in
+    every step: a sixth of a language model's time, a third of the image loader's.
+
+    Args:
+        largest: bytes of a tensor whose memory is kept; in all, twice as many. 2**25 is where
+            glibc's own threshold ends, and the most that older versions accept.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        if not mallopt(m_mmap_threshold, largest):
+            mallopt(m_mmap_threshold, 2**25)
+        mallopt(m_trim_threshold, min(2 * largest, 2**31 - 1))
+
+
+def describe_run(accelerator: Accelerator) -> str:
+    """Nodes, processes, device and precision, and what a faster precision would be."""
+    processes = accelerator.num_processes
+    nodes = processes // get_int_from_env(["LOCAL_WORLD_SIZE"], processes)
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    threads = f" ({torch.get_num_threads()} threads each)" if device.type == "cpu" else ""
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    plural = "es" if processes > 1 else ""
+    several = f"{nodes} nodes, " if nodes > 1 else ""
+    line = f"=> {several}{processes} process{plural} on {name}{threads}, {precision}"
+    if accelerator.mixed_precision == "no" and _has_fast_bf16(device):
+        line += "\n=> bf16 would be much faster on this device: accelerate launch --config_file "
+        line += f"accelerate_configs/{'cpu_bf16' if device.type == 'cpu' else 'gpu1'}.yaml …"
+    if accelerator.mixed_precision == "bf16" and emulates_bf16(accelerator.device):
+        line += "\n=> this CPU has no instructions for bf16 and is many times slower in it than in "
+        line += "float32: accelerate launch --mixed_precision no …"
+    return line
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(device.type == "cpu" and has_units)
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether it is a CPU on which oneDNN knows no bf16 (on x86, one without AVX512).
+
+    It then takes 6 (convolutions) to 150 times (products) as long as float32.
+    """
+    if not (device.type == "cpu" and torch.backends.mkldnn.is_available()):
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def check_compiler() -> None:
+    """Raise `UserError` when torch.compile would fail for want of a C++ compiler."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))):
+        raise UserError("--compile needs a C++ compiler: apt install g++, or leave --compile out")

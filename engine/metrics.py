@@ -1,0 +1,122 @@
+"""What a run counts and reports: sums kept on the device, TensorBoard's curves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from engine.cli import UserError
+
+
+def diverged(epoch: int, step: int) -> UserError:
+    return UserError(
+        f"the loss is not finite in epoch {epoch} at step {step}: lower --lr; checkpoints are "
+        "from before"
+    )
+
+
+class Sums:
+    """Sums over an epoch, on the device; reading them is the only synchronisation.
+
+    Args:
+        width: how many sums. The first is of losses, and watched for one that is not finite.
+        average: whether the figure of all processes is the mean of theirs, rather than the sum.
+        epoch: as lines number it.
+        carried: what `carry` returned in the run that this one continues.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        width: int,
+        average: bool = False,
+        epoch: int = 0,
+        carried: Sequence[Sequence[float]] | None = None,
+    ) -> None:
+        self.accelerator, self.average, self.epoch = accelerator, average, epoch
+        kind = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        self.total = torch.zeros(width, device=accelerator.device, dtype=kind)
+        if carried is not None:
+            rows = torch.tensor(carried, dtype=kind, device=accelerator.device)
+            if len(rows) == accelerator.num_processes:
+                self.total += rows[accelerator.process_index]
+            elif average:
+                self.total += rows.mean(0)
+            elif accelerator.is_main_process:
+                self.total += rows.sum(0)
+        self.last = torch.zeros_like(self.total)
+        self.bad_step = torch.full_like(self.total[0], -1)
+
+    def update(self, values: torch.Tensor, step: int) -> None:
+        """Add this process's `values` [width] of `step`."""
+        self.last = values
+        self.total = self.total + values
+        is_new = (self.bad_step < 0) & ~values[0].isfinite()
+        self.bad_step = torch.where(is_new, step, self.bad_step)
+
+    def read(self, refuse_nan: bool = True) -> tuple[list[float], list[float]]:
+        """The last step's values and the sums so far, over all processes.
+
+        Raises:
+            UserError: a step whose loss was not finite, if `refuse_nan`.
+        """
+        mine = torch.cat([self.last, self.total, self.bad_step[None]])
+        rows = self.accelerator.gather(mine[None]).cpu()
+        bad = [int(step) for step in rows[:, -1].tolist() if step >= 0]
+        if bad and refuse_nan:
+            raise diverged(self.epoch, min(bad))
+        figures: list[float] = (rows.mean(0) if self.average else rows.sum(0)).tolist()
+        width = len(self.total)
+        return figures[:width], figures[width:-1]
+
+    def carry(self) -> list[list[float]]:
+        """The sums of every process, for the checkpoint of an unfinished epoch."""
+        rows: list[list[float]] = self.accelerator.gather(self.total[None]).tolist()
+        return rows
+
+
+def _keep_quiet_about_disks(problem: threading.ExceptHookArgs) -> None:
+    """TensorBoard's own thread meets a full disk first; `Curves` raises it for the run."""
+    if not isinstance(problem.exc_value, OSError):
+        threading.__excepthook__(problem)
+
+
+class Curves:
+    """TensorBoard scalars of the main process, one point an epoch.
+
+    Args:
+        first_epoch: points of this epoch and later ones, left by an earlier run or by a killed
+            one, are replaced.
+    """
+
+    def __init__(self, accelerator: Accelerator, log_dir: Path, first_epoch: int) -> None:
+        self.writer, self.log_dir = None, log_dir
+        if accelerator.is_main_process:
+            # Slow to import, and the main process alone needs it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            threading.excepthook = _keep_quiet_about_disks
+            try:
+                self.writer = SummaryWriter(str(log_dir), purge_step=first_epoch)
+            except OSError as error:
+                raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write to {self.log_dir}: {error.strerror or error}; choose another with "
+            "--log-dir"
+        )
+
+    def add(self, epoch: int, scalars: Mapping[str, float]) -> None:
+        if self.writer is None:
+            return
+        try:
+            for tag, scalar in scalars.items():
+                self.writer.add_scalar(tag, scalar, epoch)
+            self.writer.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error

@@ -1,0 +1,36 @@
+"""Where random numbers come from: every seed follows from what it is for, nothing is carried."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from what it belongs to, e.g. ("dropout", seed, epoch, step, rank).
+
+    Hashing keeps the seeds of neighbouring steps and of different purposes unrelated, which sums
+    would not.
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def agree_on_seed(accelerator: Accelerator, seed: int | None) -> int:
+    """`seed`, or one drawn by the main process for all when it is None."""
+    if seed is not None:
+        return seed
+    drawn = [int.from_bytes(os.urandom(4), "big")]
+    broadcast_object_list(drawn)
+    accelerator.print(f"=> no --seed given: drew --seed {drawn[0]}")
+    return drawn[0]
+
+
+def use_deterministic_kernels(deterministic: bool) -> None:
+    """Choose cuDNN's kernels as the original does: repeatable with a seed, else the fastest."""
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic

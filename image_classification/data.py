@@ -1,0 +1,385 @@
+"""Image datasets: finding their files, and loading batches of them onto the training device.
+
+Small images are decoded once (cache.py), then gathered and augmented a whole batch at a time.
+Larger ones are decoded and cropped by worker processes in every epoch. Either way the sample
+order follows from (seed, epoch) and a sample's augmentation from (seed, epoch, sample index), so
+neither the number of processes nor a restart changes what a step trains on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import get_int_from_env
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.transforms.v2 import functional as TF
+
+from engine.cli import UserError
+from engine.preemption import leave_signals_to_parent
+from engine.seeds import derive_seed
+from image_classification.augment import Crops, draw_crops, normalise, resize, resized_crop
+from image_classification.cache import decoded_images, open_image, small_side
+from image_classification.sources import resolve
+
+
+class Split(NamedTuple):
+    """The image files of a training or validation set; a sample's index is its position here."""
+
+    paths: list[str]
+    targets: list[int]  # positions in ImageFolders.classes
+
+
+class ImageFolders(NamedTuple):
+    root: Path
+    classes: list[str]  # sorted, so Tiny-ImageNet's class 0 is n01443537
+    train: Split
+    val: Split
+
+
+def find_images(root: Path) -> ImageFolders:
+    """List the images of a dataset in one of three layouts.
+
+    - Tiny-ImageNet's own: train/<wnid>/images/*, val/images/* and val/val_annotations.txt
+    - the same with the validation images sorted: val/<wnid>/images/*
+    - plain folders, as the original's: train/<class>/*, val/<class>/*
+
+    Raises:
+        UserError: a missing folder or file, a class without images, or a validation image whose
+            class is not in train/.
+    """
+    try:
+        return _find_images(root)
+    except OSError as error:
+        raise UserError(f"dataset {root}: {error.filename}: {error.strerror}") from error
+
+
+def _find_images(root: Path) -> ImageFolders:
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.exists() else "no such folder"
+        raise UserError(f"dataset {root}: {what}")
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            inside = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
+            raise UserError(f"dataset {root}: has no folder {part}/ (it holds {inside})")
+    classes = _folders(root / "train")
+    if not classes:
+        raise UserError(f"dataset {root}: train/ holds no class folders")
+    positions = {name: i for i, name in enumerate(classes)}
+    train = _list_classes(root / "train", positions)
+
+    annotations, flat = root / "val" / "val_annotations.txt", root / "val" / "images"
+    # Scripts that sort the validation images often leave an empty val/images behind.
+    if "images" not in classes and flat.is_dir() and any(map(_is_image, flat.iterdir())):
+        if not annotations.is_file():
+            raise UserError(f"{annotations}: missing, and with it the classes of {flat}")
+        return ImageFolders(root, classes, train, _list_annotated(annotations, positions))
+    val_classes = [name for name in _folders(root / "val") if name in positions or name != "images"]
+    if not val_classes:
+        raise UserError(
+            f"dataset {root}: val/ holds neither class folders nor images/ with val_annotations.txt"
+        )
+    if unknown := [name for name in val_classes if name not in positions]:
+        raise UserError(
+            f"dataset {root}: val/ has {len(unknown)} class(es) that train/ lacks: "
+            f"{', '.join(unknown[:5])}"
+        )
+    val = _list_classes(root / "val", {name: positions[name] for name in val_classes})
+    return ImageFolders(root, classes, train, val)
+
+
+def _folders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _is_image(path: str | Path) -> bool:
+    name = Path(path).name
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
+def _list_classes(folder: Path, positions: dict[str, int]) -> Split:
+    samples = make_dataset(folder, positions, is_valid_file=_is_image, allow_empty=True)
+    split = Split([path for path, _ in samples], [target for _, target in samples])
+    found = set(split.targets)
+    for name, position in positions.items():
+        if position not in found:
+            raise UserError(f"{folder / name}: holds no images ({', '.join(IMG_EXTENSIONS)})")
+    return split
+
+
+def _list_annotated(annotations: Path, positions: dict[str, int]) -> Split:
+    """Tiny-ImageNet's validation images: a line has file name, wnid and box, separated by tabs."""
+    images = annotations.parent / "images"
+    names = sorted(path.name for path in filter(_is_image, images.iterdir()))
+    unlabelled = dict.fromkeys(names)
+    targets: dict[str, int] = {}
+    for number, line in enumerate(annotations.read_text("utf-8", "replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        name, wnid, *_ = [*line.split("\t"), ""]
+        where = f"{annotations} line {number}"
+        if name in targets:
+            raise UserError(f"{where}: {name} is annotated twice")
+        if name not in unlabelled:
+            raise UserError(f"{where}: {images / name} does not exist")
+        if wnid not in positions:
+            raise UserError(f"{where}: class {wnid or '(none)'} is not in train/")
+        targets[name] = positions[wnid]
+        del unlabelled[name]
+    if not targets:
+        raise UserError(f"{annotations}: annotates no image")
+    if unlabelled:
+        raise UserError(
+            f"{annotations}: {len(unlabelled)} image(s) of {images} have no line: "
+            f"{', '.join(list(unlabelled)[:5])}"
+        )
+    return Split([f"{images}/{name}" for name in names], [targets[name] for name in names])
+
+
+@dataclasses.dataclass
+class DecodedImages:
+    """Decoded images, in memory or memory-mapped.
+
+    images: [n, 3, side, side], uint8. When there are fewer images than targets, they repeat:
+        --dummy has 1.3 million samples in the memory of 512.
+    targets: class indices, one a sample.
+    paths: the images' files.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    paths: list[str]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+class ImageFiles(Dataset[Any]):
+    """Image files of any size, which workers crop and resize to [3, size, size] uint8.
+
+    Training takes the original's RandomResizedCrop and RandomHorizontalFlip, evaluation its
+    Resize and CenterCrop with their ratio of 256 to 224.
+    """
+
+    def __init__(self, split: Split, size: int, seed: int, train: bool) -> None:
+        self.paths, self.targets = split.paths, torch.tensor(split.targets)
+        self.size, self.seed, self.train = size, seed, train
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
+        epoch, index = key
+        image = open_image(self.paths[index])
+        if self.train:
+            generator = _generator("augmentation", self.seed, epoch, index)
+            crop = draw_crops(1, image.height, image.width, generator)
+            box = [int(field[0]) for field in crop[:4]]
+            image = TF.resized_crop(image, *box, [self.size, self.size], antialias=True)
+            if crop.flip[0]:
+                image = TF.horizontal_flip(image)
+        else:
+            image = TF.resize(image, [round(self.size * 256 / 224)], antialias=True)
+            image = TF.center_crop(image, [self.size, self.size])
+        pixels: torch.Tensor = TF.pil_to_tensor(image)
+        return pixels
+
+
+def _generator(*parts: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+class ImageData(NamedTuple):
+    root: Path
+    classes: list[str]
+    train: DecodedImages | ImageFiles
+    val: DecodedImages | ImageFiles
+
+
+def load_dataset(name: str, image_size: int, seed: int, workers: int, download: bool) -> ImageData:
+    """Find or make the dataset that the argument DIR names; small images are decoded once.
+
+    Args:
+        image_size: side, in pixels, of the images that `ImageFiles` delivers.
+        workers: processes that decode small images, at most one a CPU.
+
+    Raises:
+        UserError: see `resolve`, `find_images` and `decoded_images`.
+    """
+    root, classes, train, val = find_images(resolve(name, download))
+    # One cache holds both splits, so they need the same side.
+    sides = {small_side(train.paths), small_side(val.paths)}
+    side = sides.pop() if len(sides) == 1 else None
+    if side is None:
+        train_files = ImageFiles(train, image_size, seed, train=True)
+        return ImageData(root, classes, train_files, ImageFiles(val, image_size, seed, train=False))
+    paths = train.paths + val.paths
+    images = decoded_images(root, paths, side, min(workers, os.cpu_count() or 1))
+    first, rest = images.split([len(train.paths), len(val.paths)])
+    return ImageData(
+        root,
+        classes,
+        DecodedImages(first, torch.tensor(train.targets), train.paths),
+        DecodedImages(rest, torch.tensor(val.targets), val.paths),
+    )
+
+
+def dummy_dataset(image_size: int) -> ImageData:
+    """The original's --dummy: noise in ImageNet's numbers of images and classes, no disk."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (512, 3, image_size, image_size)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    train, val = (
+        DecodedImages(pixels, torch.randint(1000, (count,), generator=generator), [])
+        for count in (1_281_167, 50_000)
+    )
+    return ImageData(Path("dummy"), [f"class{i}" for i in range(1000)], train, val)
+
+
+class Batch(NamedTuple):
+    """This process's part of a global batch, on the training device.
+
+    images: [b, 3, size, size], normalised, channels_last.
+    targets: [b], class indices.
+    soft_targets: [b, classes] when images were mixed, else None.
+    weights: [b], 1 for a sample and 0 for padding. The last global batch of an epoch is padded
+        where it cannot be divided, so that every process has an equal slice.
+    indices: [b], on the CPU, of the samples in their split.
+    size: samples in the global batch.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    soft_targets: torch.Tensor | None
+    weights: torch.Tensor
+    indices: torch.Tensor
+    size: int
+
+
+class ImageLoader:
+    """Batches of one split for one process.
+
+    Args:
+        images: the samples of the split.
+        batch_size: of the global batch, over all processes.
+        image_size: side, in pixels, of the images delivered.
+        seed: of sample order and augmentation.
+        train: shuffle, augment, and give every process a slice of each global batch. Otherwise
+            batches in file order go whole to the processes in turn, so that every bit of a
+            batch's result is the same on any number of processes.
+        workers: processes of this node that decode, for ImageFiles.
+        rows: the samples to deliver when not training, in their order; all by default.
+        mix: maps images and targets to mixed images and soft targets (CutMix, MixUp).
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        images: DecodedImages | ImageFiles,
+        *,
+        batch_size: int,
+        image_size: int,
+        seed: int,
+        train: bool,
+        workers: int,
+        mix: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> None:
+        self.images, self.targets = images, images.targets
+        self.batch_size, self.image_size = batch_size, image_size
+        self.seed, self.train, self.mix = seed, train, mix
+        self.rows = torch.arange(len(self.targets)) if rows is None else rows
+        self.device = accelerator.device
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        if isinstance(images, ImageFiles):
+            # As in the original, -j counts the workers of all of a node's processes.
+            workers = -(-workers // get_int_from_env(["LOCAL_WORLD_SIZE"], 1))
+            workers = min(workers, os.cpu_count() or 1)
+            # Filled anew for each epoch: the DataLoader and its workers live for the whole run.
+            self.keys: list[list[tuple[int, int]]] = []
+            self.loader = DataLoader(
+                images,
+                batch_sampler=self.keys,
+                num_workers=workers,
+                worker_init_fn=leave_signals_to_parent,
+                persistent_workers=workers > 0,
+                pin_memory=self.device.type == "cuda",
+            )
+
+    def __len__(self) -> int:
+        """Global batches an epoch."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """This process's part of the epoch's global batches from number `start` on.
+
+        In training a slice of each; in evaluation every `world_size`-th batch, whole.
+        """
+        if self.train:
+            order = torch.randperm(
+                len(self.targets), generator=_generator("order", self.seed, epoch)
+            )
+            batches = order.split(self.batch_size)[start:]
+            slices = [(*self._slice(batch), len(batch)) for batch in batches]
+        else:
+            batches = self.rows.split(self.batch_size)[start:][self.rank :: self.world_size]
+            slices = [(batch, len(batch), len(batch)) for batch in batches]
+        pixels = self._pixels(epoch, [rows for rows, _, _ in slices])
+        for step, (images, (rows, real, size)) in enumerate(
+            zip(pixels, slices, strict=True), start
+        ):
+            images = normalise(images)
+            targets = self.targets[rows].to(self.device, non_blocking=True)
+            soft_targets = None
+            if self.mix is not None:
+                # Every process draws the same partners and the same mixing ratio.
+                torch.manual_seed(derive_seed("mix", self.seed, epoch, step))
+                images, soft_targets = self.mix(images, targets)
+                images = images[1:].contiguous(memory_format=torch.channels_last)
+                targets, soft_targets, rows = targets[1:], soft_targets[1:], rows[1:]
+            weights = (torch.arange(len(rows), device=self.device) < real).float()
+            yield Batch(images, targets, soft_targets, weights, rows, size)
+
+    def _pixels(self, epoch: int, slices: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """[b, 3, size, size], float32 from 0 to 255, of the samples of each slice."""
+        if isinstance(self.images, ImageFiles):
+            self.keys[:] = [[(epoch, i) for i in rows.tolist()] for rows in slices]
+            for pixels in self.loader:
+                yield pixels.to(self.device, non_blocking=True).float()
+            return
+        images = self.images.images
+        # The whole epoch's crops in one draw: a generator for each sample is slow.
+        generator = _generator("augmentation", self.seed, epoch)
+        side = images.shape[-1]
+        crops = draw_crops(len(self.targets), side, side, generator) if self.train else None
+        for rows in slices:
+            pixels = images[rows % len(images)].to(self.device, non_blocking=True)
+            if crops is None:
+                yield resize(pixels, self.image_size)
+            else:
+                own = Crops(*(field[rows].to(self.device, non_blocking=True) for field in crops))
+                yield resized_crop(pixels, own, self.image_size)
+
+    def _slice(self, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """This process's samples of a global batch, padded so that all slices are equally long.
+
+        Batch normalisation cannot train on one sample, so a slice has at least two unless the
+        batch size allows only one. Mixing blends each sample with the one before it in the global
+        batch: with `mix`, that sample is put in front, and `epoch` drops it after mixing.
+
+        Returns:
+            The samples' indices, and how many of them are not padding.
+        """
+        share = -(-len(batch) // self.world_size)
+        first = self.rank * share
+        real = max(0, min(share, len(batch) - first))
+        length = max(share, min(2, self.batch_size // self.world_size))
+        positions = torch.arange(first - (self.mix is not None), first + length)
+        return batch[positions % len(batch)], real

@@ -1,0 +1,192 @@
+"""One rule settles every setting: a flag, else the checkpoint's value, else the default."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chaos import differences, read, scalars
+from kit import PROBE, error_line, make_corpus, make_dataset, run
+from test_preemption import same_bits
+
+from engine.cli import ArgumentParser, UserError, fraction, non_negative_float, positive_int
+from image_classification import training as image_training
+from word_language_model import training as lm_training
+
+# Every setting of an image classifier, none of them its default.
+IMAGES = {
+    **{"arch": "resnet34", "stem": "stock", "image_size": 32, "epochs": 3, "batch_size": 8},
+    **{"lr": 0.02, "momentum": 0.8, "weight_decay": 1e-3, "lr_schedule": "cosine"},
+    **{"warmup_epochs": 1, "label_smoothing": 0.1, "cutmix": 1.0, "mixup": 0.2},
+    **{"sync_bn": True, "seed": 7},
+}
+WORDS = {
+    **{"model": "GRU", "emsize": 8, "nhid": 8, "nlayers": 1, "nhead": 1, "tied": True},
+    **{"use_optimizer": True, "epochs": 2, "batch_size": 4, "bptt": 5, "lr": 0.05, "clip": 0.5},
+    **{"dropout": 0.3, "seed": 7},
+}
+
+
+def flags_of(settings: dict[str, Any]) -> list[object]:
+    flags: list[object] = []
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
+    return flags
+
+
+@pytest.fixture
+def parser() -> ArgumentParser:
+    parser = ArgumentParser("of a test", ("size", "rate", "kind", "share"))
+    parser.add_argument("--size", type=positive_int, default=3)
+    parser.add_argument("--rate", type=non_negative_float, default=0.5)
+    parser.add_argument("--kind", choices=("one", "other"), default="one")
+    parser.add_argument("--share", type=fraction)
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("flags", "found", "settled", "said"),
+    [
+        ("", {}, (3, 0.5, "one", None), []),
+        ("--size 3 --share 0", {}, (3, 0.5, "one", 0.0), []),
+        ("", {"size": 4, "rate": 0, "kind": None, "x": 1}, (4, 0.0, "one", None), []),
+        ("--size 4 --rate 2", {"size": 4, "rate": 2.0}, (4, 2.0, "one", None), []),
+        (
+            "--rate 0 --size 3 --share 0.1",
+            {"rate": 1.5, "size": 4, "share": 0.2},
+            (4, 0.0, "one", 0.1),
+            [
+                "=> a.pt has size 4: --size 3 is ignored",
+                "=> a.pt was trained with --rate 1.5, this run has 0.0",
+                "=> a.pt was trained with --share 0.2, this run has 0.1",
+            ],
+        ),
+    ],
+)
+def test_a_flag_else_the_checkpoints_value_else_the_default(
+    parser: ArgumentParser,
+    flags: str,
+    found: dict[str, Any],
+    settled: tuple[object, ...],
+    said: list[str],
+) -> None:
+    lines: list[str] = []
+    args = parser.parse(flags.split())
+    parser.settle(args, found, Path("a.pt"), lines.append, fixed=("size",))
+    values = (args.size, args.rate, args.kind, args.share)
+    assert [(type(value), value) for value in values] == [(type(v), v) for v in settled]
+    assert lines == said
+
+
+@pytest.mark.parametrize(
+    "found", [{"size": 0}, {"size": "many"}, {"rate": -1}, {"kind": "third"}, {"share": [1]}]
+)
+def test_a_value_that_its_flag_would_not_take_is_damage(
+    parser: ArgumentParser, found: dict[str, Any]
+) -> None:
+    name, value = next(iter(found.items()))
+    with pytest.raises(UserError) as refusal:
+        parser.settle(parser.parse([]), found, Path("a.pt"), print)
+    assert str(refusal.value) == f"checkpoint a.pt: {name} is {value!r}: damaged"
+
+
+def test_these_are_all_settings() -> None:
+    assert IMAGES.keys() == set(image_training.SETTINGS)
+    assert WORDS.keys() == set(lm_training.SETTINGS)
+
+
+def test_an_image_classifiers_settings_come_back(tmp_path: Path) -> None:
+    """Killed within an epoch and resumed without a flag, it ends with an undisturbed run's bits."""
+    make_dataset(tmp_path / "set")
+    every = ("set", "-j", 1, "--checkpoint-every", 2, "--output-dir")
+    whole = run("resnet_main.py", *every, "whole", *flags_of(IMAGES), cwd=tmp_path)
+    assert whole.code == 0, whole
+    content = read(tmp_path / "whole" / "checkpoint.pth")
+    assert {name: content[name] for name in IMAGES} == IMAGES
+    probe = ("kill", "resnet_main.py", 1, 2, *every, "killed", *flags_of(IMAGES))
+    killed = run("tests/process_probe.py", *probe, cwd=tmp_path, env=PROBE)
+    assert killed.code == 9, killed
+    resume = (*every, "killed", "--resume", "killed/checkpoint.pth")
+    resumed = run("resnet_main.py", *resume, cwd=tmp_path)
+    assert resumed.code == 0, resumed
+    assert "checkpoint.pth' (epoch 1, step 2)" in resumed.out
+    assert "trained with" not in resumed.out and "ignored" not in resumed.out
+    assert "drew --seed" not in resumed.out
+    same_bits(tmp_path / "whole", tmp_path / "killed", "checkpoint.pth", "logs")
+    rates = [value for _, value in scalars(tmp_path / "killed" / "logs")["LR"]]
+    assert rates == pytest.approx([0.01, 0.02, 0.01])
+
+    more = {"epochs": 4, "lr_schedule": "step", "weight_decay": 0.0, "cutmix": 0.0, "momentum": 0.8}
+    other = run("resnet_main.py", *resume, *flags_of(more), "--no-sync-bn", cwd=tmp_path)
+    assert other.code == 0, other
+    lines = [line for line in other.out.splitlines() if "was trained with" in line]
+    assert lines == [
+        f"=> killed/checkpoint.pth was trained with --{before}, this run has {now}"
+        for before, now in (
+            ("epochs 3", "4"),
+            ("weight-decay 0.001", "0.0"),
+            ("lr-schedule cosine", "step"),
+            ("cutmix 1.0", "0.0"),
+            ("sync-bn True", "False"),
+        )
+    ]
+    content = read(tmp_path / "killed" / "checkpoint.pth")
+    expected = {**IMAGES, **more, "sync_bn": False}
+    assert {name: content[name] for name in expected} == expected
+    group = content["optimizer"]["param_groups"][0]
+    assert (group["weight_decay"], group["momentum"], group["initial_lr"]) == (0.0, 0.8, 0.02)
+    epoch, rate = scalars(tmp_path / "killed" / "logs")["LR"][-1]
+    assert epoch == 3
+    assert rate == pytest.approx(0.02)
+
+
+def test_a_language_models_settings_come_back(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "set")
+    every = ("--data", "set", "--checkpoint-every", 7, "--save")
+    whole = run("lm_main.py", *every, "whole.pt", *flags_of(WORDS), cwd=tmp_path)
+    assert whole.code == 0, whole
+    content = read(tmp_path / "whole.checkpoint.pt")
+    assert {name: content[name] for name in WORDS} == WORDS
+    probe = ("kill", "lm_main.py", 1, 14, *every, "model.pt", *flags_of(WORDS))
+    killed = run("tests/process_probe.py", *probe, cwd=tmp_path, env=PROBE)
+    assert killed.code == 9, killed
+    resume = (*every, "model.pt", "--resume", "model.checkpoint.pt")
+    resumed = run("lm_main.py", *resume, cwd=tmp_path)
+    assert resumed.code == 0, resumed
+    assert "=> loaded checkpoint 'model.checkpoint.pt' (epoch 1, step 14)" in resumed.out
+    assert "trained with" not in resumed.out and "ignored" not in resumed.out
+    undisturbed = read(tmp_path / "whole.checkpoint.pt")
+    assert list(differences(undisturbed, read(tmp_path / "model.checkpoint.pt"))) == []
+    assert scalars(tmp_path / "whole.logs") == scalars(tmp_path / "model.logs")
+
+    more = {"epochs": 3, "lr": 0.01, "dropout": 0.0, "nhid": 99, "clip": 0.5}
+    other = run("lm_main.py", *resume, *flags_of(more), cwd=tmp_path)
+    assert other.code == 0, other
+    lines = [line for line in other.out.splitlines() if "trained with" in line or "ignored" in line]
+    assert lines == [
+        "=> model.checkpoint.pt has nhid 8: --nhid 99 is ignored",
+        "=> model.checkpoint.pt was trained with --epochs 2, this run has 3",
+        "=> model.checkpoint.pt was trained with --lr 0.05, this run has 0.01",
+        "=> model.checkpoint.pt was trained with --dropout 0.3, this run has 0.0",
+    ]
+    content = read(tmp_path / "model.checkpoint.pt")
+    expected = {**WORDS, **more, "nhid": 8}
+    assert {name: content[name] for name in expected} == expected
+    assert content["optimizer"]["param_groups"][0]["lr"] == 0.01
+
+
+def test_the_batches_of_an_unfinished_epoch_are_not_changed_by_a_flag(tmp_path: Path) -> None:
+    """At the epoch's end they are, which is printed."""
+    make_dataset(tmp_path / "set")
+    flags: list[object] = ["set", "-j", 1, "--stem", "stock", "--image-size", 32, "-b", 8]
+    flags += ["--lr", 0.01, "--epochs", 2, "--seed", 1, "--checkpoint-every", 2]
+    flags += ["--output-dir", "killed"]
+    probe = ("kill", "resnet_main.py", 0, 2)
+    assert run("tests/process_probe.py", *probe, *flags, cwd=tmp_path, env=PROBE).code == 9
+    resume = ("set", "-j", 1, "--output-dir", "killed", "--resume", "auto")
+    line = error_line(run("resnet_main.py", *resume, "-b", 4, cwd=tmp_path))
+    assert "lies within an epoch of batch_size 8, and this run has 4: resume it as it" in line
+    assert run("resnet_main.py", *resume, cwd=tmp_path).code == 0
+    other = run("resnet_main.py", *resume, "-b", 4, "--epochs", 3, cwd=tmp_path)
+    assert other.code == 0, other
+    assert "was trained with --batch-size 8, this run has 4\n" in other.out
+    assert read(tmp_path / "killed" / "checkpoint.pth")["batch_size"] == 4

@@ -1,0 +1,55 @@
+"""Language models as ONNX."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.cli import UserError
+from engine.files import writing
+from word_language_model.model import LanguageModel
+
+
+def check_exporter() -> None:
+    """Raise `UserError` when a package is missing that `export_onnx` needs."""
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(f"--onnx-export needs {' and '.join(missing)}: pip install onnx onnxscript")
+
+
+class _Exported(nn.Module):
+    """What the original's forward returns: log-probabilities, and an RNN's hidden state."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor, *hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features, hidden = self.model.features(tokens, hidden)
+        return F.log_softmax(self.model.decoder(features), dim=-1), *hidden
+
+
+def export_onnx(model: LanguageModel, path: Path, bptt: int) -> None:
+    """Write `model` as ONNX, for one column of `bptt` words.
+
+    Inputs: tokens [bptt, 1], and of an RNN hidden [nlayers, 1, nhid], of an LSTM cell as well.
+    Outputs: log-probabilities [bptt, 1, words], and the hidden state after the words.
+    """
+    names = ["hidden", "cell"][: len(model.initial_hidden(1))]
+    with writing(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        torch.onnx.export(
+            _Exported(model).eval(),
+            (torch.zeros(bptt, 1, dtype=torch.int64), *model.initial_hidden(1)),
+            temporary,
+            input_names=["tokens", *names],
+            output_names=["log_probabilities", *(f"{name}_after" for name in names)],
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )

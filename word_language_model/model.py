@@ -1,0 +1,205 @@
+"""Word language models: RNNs and a causal Transformer, with the original's initial weights.
+
+The names of the parameters and the random draws at construction are those of the original's
+model.py, so a seed gives its weights to the bit.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from engine.cli import UserError
+from word_language_model.kernels import Dropout, loss
+
+RECURRENT = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
+MODELS = (*RECURRENT, "Transformer")
+DEFAULT_NHEAD = 2
+MAX_POSITIONS = 5000
+INIT_RANGE = 0.1
+
+# What a model remembers between segments, each [nlayers, columns, nhid]: (h,) for RNNs and GRU,
+# (h, c) for LSTM, () for the Transformer.
+Hidden = tuple[torch.Tensor, ...]
+
+
+class ModelSpec(NamedTuple):
+    """All that decides a model's weights and outputs; the fields are the flags of lm_main.py."""
+
+    model: str
+    words: int  # in the vocabulary
+    emsize: int
+    nhid: int
+    nlayers: int
+    nhead: int
+    tied: bool
+
+
+def check_spec(spec: ModelSpec, bptt: int) -> None:
+    """Raise `UserError` for sizes that do not go together."""
+    if spec.model in RECURRENT:
+        if spec.tied and spec.emsize != spec.nhid:
+            raise UserError(
+                f"--tied needs --nhid equal to --emsize, not {spec.nhid} and {spec.emsize}"
+            )
+    elif spec.emsize % spec.nhead:
+        raise UserError(f"--emsize {spec.emsize} cannot be divided by --nhead {spec.nhead}")
+    elif spec.emsize % 2:
+        raise UserError(
+            f"--emsize {spec.emsize} is odd, and the Transformer's positions are pairs of sine "
+            "and cosine: use an even one"
+        )
+    elif bptt > MAX_POSITIONS:
+        raise UserError(f"--bptt {bptt}: the Transformer has {MAX_POSITIONS} positions")
+
+
+class LanguageModel(nn.Module, abc.ABC):
+    """Features of words, a decoder to the vocabulary, and the loss between them.
+
+    The loss is part of `forward`, which is all that DistributedDataParallel and mixed precision
+    wrap. Evaluation calls `features` and `decoder`, generation calls `last_features`.
+    """
+
+    decoder: nn.Linear
+
+    @abc.abstractmethod
+    def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+        """Tokens [t, columns] to features [t, columns, size], each of the words up to its own."""
+
+    def last_features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+        """Features [columns, size] of the last words, and the hidden state after them."""
+        features, hidden = self.features(tokens, hidden)
+        return features[-1], hidden
+
+    def initial_hidden(self, columns: int) -> Hidden:
+        """What a model remembers before its first word: zeros; here, nothing."""
+        return ()
+
+    def forward(
+        self, tokens: torch.Tensor, targets: torch.Tensor, hidden: Hidden
+    ) -> tuple[torch.Tensor, Hidden]:
+        """Mean loss of a segment, and the hidden state after it, without its history."""
+        features, hidden = self.features(tokens, hidden)
+        return loss(features, self.decoder, targets), tuple(h.detach() for h in hidden)
+
+    def init_decoder(self, embedding: nn.Embedding, tied: bool) -> None:
+        """The original's initial ranges; a tied matrix is drawn twice, as there."""
+        if tied:
+            self.decoder.weight = embedding.weight
+        nn.init.uniform_(embedding.weight, -INIT_RANGE, INIT_RANGE)
+        nn.init.zeros_(self.decoder.bias)
+        nn.init.uniform_(self.decoder.weight, -INIT_RANGE, INIT_RANGE)
+
+
+class RecurrentModel(LanguageModel):
+    """Embedding, dropout, RNN layers with dropout between them, dropout, decoder."""
+
+    def __init__(self, spec: ModelSpec, dropout: float) -> None:
+        super().__init__()
+        self.drop = Dropout(dropout)
+        self.encoder = nn.Embedding(spec.words, spec.emsize)
+        kind = {"LSTM": nn.LSTM, "GRU": nn.GRU}.get(spec.model, nn.RNN)
+        options = {"nonlinearity": spec.model[4:].lower()} if kind is nn.RNN else {}
+        # torch warns when a single layer is given dropout "between" layers.
+        between = dropout if spec.nlayers > 1 else 0.0
+        self.rnn = kind(spec.emsize, spec.nhid, spec.nlayers, dropout=between, **options)
+        self.decoder = nn.Linear(spec.nhid, spec.words)
+        self.init_decoder(self.encoder, spec.tied)
+
+    def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+        embedded = self.drop(self.encoder(tokens))
+        if isinstance(self.rnn, nn.LSTM):
+            output, hidden = self.rnn(embedded, hidden)
+        else:
+            output, state = self.rnn(embedded, *hidden)
+            hidden = (state,)
+        return self.drop(output), hidden
+
+    def initial_hidden(self, columns: int) -> Hidden:
+        rnn = self.rnn
+        shape = (rnn.num_layers, columns, rnn.hidden_size)
+        # Two tensors for an LSTM: the ONNX exporter takes one given twice for a single input.
+        return tuple(
+            self.decoder.weight.new_zeros(shape) for _ in range(1 + isinstance(rnn, nn.LSTM))
+        )
+
+
+class PositionalEncoding(nn.Module):
+    """Adds sine and cosine of the position to [t, columns, size] (Vaswani et al. 2017)."""
+
+    pe: torch.Tensor
+
+    def __init__(self, size: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = Dropout(dropout)
+        position = torch.arange(MAX_POSITIONS, dtype=torch.float)[:, None]
+        rate = torch.exp(torch.arange(0, size, 2).float() * (-math.log(10000.0) / size))
+        pairs = torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=2)
+        self.register_buffer("pe", pairs.reshape(MAX_POSITIONS, 1, size), persistent=False)
+
+    def forward(self, embedded: torch.Tensor) -> torch.Tensor:
+        added: torch.Tensor = self.dropout(embedded + self.pe[: len(embedded)])
+        return added
+
+
+class TransformerModel(LanguageModel):
+    """Embedding times √emsize, positions, causal encoder layers, decoder.
+
+    `dropout` reaches the layers as well as the positions; in the original the layers keep 0.1
+    whatever is asked.
+    """
+
+    def __init__(self, spec: ModelSpec, dropout: float) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about nested tensors, which nothing here uses
+            # The original inherits from nn.Transformer and replaces its decoder. That one's
+            # weights are drawn all the same, between those that it keeps, so they are here too.
+            self.encoder = nn.Transformer(
+                spec.emsize,
+                spec.nhead,
+                num_encoder_layers=spec.nlayers,
+                dim_feedforward=spec.nhid,
+                dropout=dropout,
+            ).encoder
+        for layer in self.encoder.layers:
+            layer.dropout, layer.dropout1, layer.dropout2 = (Dropout(dropout) for _ in range(3))
+        self.pos_encoder = PositionalEncoding(spec.emsize, dropout)
+        embedding = nn.Embedding(spec.words, spec.emsize)
+        self.decoder = nn.Linear(spec.emsize, spec.words)
+        self.input_emb = embedding  # drawn before the decoder, listed after it
+        self.init_decoder(embedding, spec.tied)
+
+    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings with positions [t, columns, size], and the mask [t, t] of later words."""
+        embedded = self.input_emb(tokens) * math.sqrt(self.input_emb.embedding_dim)
+        # torch refuses is_causal without a mask, and then does not read the mask.
+        mask = nn.Transformer.generate_square_subsequent_mask(
+            len(tokens), device=embedded.device, dtype=embedded.dtype
+        )
+        return self.pos_encoder(embedded), mask
+
+    def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+        embedded, mask = self.embed(tokens)
+        return self.encoder(embedded, mask=mask, is_causal=True), hidden
+
+    def last_features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+        """When generating, the last layer computes one position instead of 35."""
+        x, mask = self.embed(tokens)
+        *lower, top = self.encoder.layers
+        for layer in lower:
+            x = layer(x, src_mask=mask, is_causal=True)
+        last = x[-1:]
+        last = top.norm1(last + top.self_attn(last, x, x, need_weights=False)[0])
+        last = top.norm2(last + top.linear2(top.activation(top.linear1(last))))
+        return self.encoder.norm(last)[0], hidden
+
+
+def build_model(spec: ModelSpec, dropout: float) -> LanguageModel:
+    """A model with weights drawn from torch's generator, float32, on the CPU."""
+    return (RecurrentModel if spec.model in RECURRENT else TransformerModel)(spec, dropout)

@@ -1,0 +1,134 @@
+"""A training of a language model, set up: its settings, model, optimizer and text."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
+
+from engine.checkpoints import Checkpoint
+from engine.cli import ArgumentParser, UserError
+from engine.run import Run
+from word_language_model.checkpoint import load, load_weights, read_spec
+from word_language_model.data import segment_count
+from word_language_model.model import LanguageModel, ModelSpec, build_model, check_spec
+
+# What a resumed run takes from its checkpoint unless a flag says otherwise; the weights and the
+# optimizer's state decide MODEL_SETTINGS.
+MODEL_SETTINGS = ("model", "emsize", "nhid", "nlayers", "nhead", "tied", "use_optimizer")
+SETTINGS = (*MODEL_SETTINGS, "epochs", "batch_size", "bptt", "lr", "clip", "dropout", "seed")
+
+
+def make_run(accelerator: Accelerator, args: argparse.Namespace) -> Run:
+    stem = args.save.stem
+    return Run(
+        accelerator,
+        latest=args.save.with_name(f"{stem}.checkpoint.pt"),
+        best=args.save,
+        log_dir=args.log_dir or args.save.with_name(f"{stem}.logs"),
+        # How many times the learning rate was divided by four, the lowest validation loss of the
+        # epochs done, and the hidden state of this process's columns after the steps done.
+        values={"annealed": 0, "best_val_loss": None, "hidden": ()},
+        width=2,  # losses since the last line, and over the epoch times rows
+        average=True,
+        first_epoch=1,
+        checkpoint_every=args.checkpoint_every,
+    )
+
+
+def settle(
+    parser: ArgumentParser,
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    accelerator: Accelerator,
+) -> ModelSpec:
+    """Give every setting its value, and refuse those that do not go together.
+
+    Returns the model to build, still without its words.
+    """
+    found: dict[str, Any] = {}
+    if checkpoint:
+        found = {name: checkpoint.get(name) for name in SETTINGS}
+        found |= read_spec(checkpoint)._asdict()
+        if found["use_optimizer"] is None and "algorithm" in checkpoint:  # as it was called once
+            found["use_optimizer"] = checkpoint["algorithm"] == "AdamW"
+    parser.settle(args, found, args.resume, accelerator.print, fixed=MODEL_SETTINGS)
+    if args.dry_run:
+        args.epochs = 1
+    if args.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"--batch-size {args.batch_size} is for all processes together and cannot be divided "
+            f"by {accelerator.num_processes}: use a multiple"
+        )
+    sizes = {name: getattr(args, name) for name in ModelSpec._fields if name != "words"}
+    spec = ModelSpec(words=0, **sizes)
+    check_spec(spec, args.bptt)
+    return spec
+
+
+def set_up(
+    run: Run, spec: ModelSpec, text: torch.Tensor, args: argparse.Namespace, checkpoint: Checkpoint
+) -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
+    """Model, optimizer and this process's columns, as new or as `checkpoint` has them.
+
+    Args:
+        text: [rows, columns] of all processes.
+
+    Returns:
+        Model and optimizer as prepared, and the text [rows, columns of this process] on the device.
+    """
+    accelerator = run.accelerator
+    torch.manual_seed(args.seed)
+    model = build_model(spec, args.dropout)
+    if checkpoint:
+        load_weights(model, checkpoint)
+    # The original's `p -= lr * grad`, or its AdamW.
+    kind = torch.optim.AdamW if args.use_optimizer else torch.optim.SGD
+    optimizer = kind(model.parameters(), lr=args.lr)
+    share = args.batch_size // accelerator.num_processes
+    first = accelerator.process_index * share
+    columns = slice(first, first + share)
+    if checkpoint and not args.evaluate:
+        batches = {"batch_size": args.batch_size, "bptt": args.bptt}
+        steps = segment_count(text, args.bptt)
+        run.resume(checkpoint, optimizer, steps, batches)
+        resume_values(run, checkpoint, model, columns, args.batch_size)
+    if args.compile:
+        model.compile()
+    return *run.prepare(model, optimizer), text[:, columns].contiguous().to(accelerator.device)
+
+
+def resume_values(
+    run: Run, checkpoint: Checkpoint, model: LanguageModel, columns: slice, batch_size: int
+) -> None:
+    """Take up annealing, best loss and, within an epoch, the hidden state of `columns`."""
+    run.values["annealed"] = checkpoint.value("annealed", int) or 0
+    run.values["best_val_loss"] = checkpoint.value("best_val_loss", float)
+    if not run.step:
+        return
+    hidden = checkpoint.value("hidden", list) or []
+    shapes = [h.shape for h in model.initial_hidden(batch_size)]
+    if [getattr(h, "shape", None) for h in hidden] != shapes or not run.carried:
+        raise checkpoint.error(f"sums or hidden state are not those of a {checkpoint['model']}")
+    device = run.accelerator.device
+    run.values["hidden"] = tuple(h[:, columns].contiguous().to(device) for h in hidden)
+
+
+def take_best(run: Run, model: LanguageModel) -> None:
+    """Give `model` the weights that did best on the validation text, on every process."""
+    accelerator = run.accelerator
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        best_loss = run.values["best_val_loss"]
+        best = load(run.best) if best_loss is not None and run.best.is_file() else Checkpoint()
+        if best and best.get("best_val_loss") == best_loss:
+            load_weights(model, best)
+        else:  # before the first epoch's end, or resumed with another --save
+            print(f"=> {run.best} does not hold this run's best weights: testing the last ones")
+    if accelerator.num_processes > 1:
+        for parameter in model.parameters():
+            parameter.data.copy_(broadcast(parameter.data))
