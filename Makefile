@@ -1,6 +1,7 @@
 # make demo    train and evaluate on built-in data, from nothing to a checkpoint
 # make test    the test suite
 # make test-cluster    the batch scripts, submitted to a SLURM that is started for it
+# make test-gpu, make benchmark-gpu    on a machine with a GPU, by its own python where there is no venv
 # make lint    ruff and mypy
 # make venv    the environment alone; VENV=/elsewhere places it
 
@@ -9,7 +10,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := output/demo
 
-.PHONY: demo test test-cluster lint venv clean
+# Enough for both: torch, torchvision, accelerate, tensorboard and pytest.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: demo test test-cluster test-gpu benchmark-gpu lint venv clean
 
 venv: $(VENV)/.run
 $(VENV)/.run: requirements.txt constraints.txt
@@ -42,6 +46,15 @@ test-cluster: $(VENV)/.dev
 	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq slurm-wlm munge; } || \
 	  { echo "make test-cluster needs SLURM: as root, apt install slurm-wlm munge" >&2; exit 2; }
 	$(BIN)/python -m pytest -m cluster
+
+test-gpu:
+	$(GPU_PYTHON) -m pytest -m gpu
+
+benchmark-gpu:
+	$(GPU_PYTHON) benchmarks/resnet_throughput.py -b 1024 --precision bf16 --compile --rounds 3 \
+	  --only training validation loading --json resnet-gpu.json
+	$(GPU_PYTHON) benchmarks/lm_throughput.py --precision no bf16 --compile --rounds 3 --steps 200 \
+	  --only training --json lm-gpu.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -33,15 +33,17 @@ from engine import cli
 from engine.checkpoints import Checkpoint, find
 from engine.exits import Stopped, run_script
 from engine.files import check_writable
+from engine.graphs import GraphedStep, Step
 from engine.launch import build_accelerator, check_compiler, describe_run, keep_freed_memory
+from engine.metrics import sum_dtype
 from engine.run import Run
-from engine.seeds import derive_seed, use_deterministic_kernels
+from engine.seeds import seed_generators, use_deterministic_kernels
 from word_language_model.checkpoint import load, refuse_other_words
 from word_language_model.data import WIKITEXT, batchify, load_corpus, segment_count, segments
 from word_language_model.export import check_exporter, export_onnx
 from word_language_model.kernels import loss as decoded_loss
 from word_language_model.model import MODELS, LanguageModel
-from word_language_model.training import SETTINGS, make_run, set_up, settle, take_best
+from word_language_model.training import SETTINGS, make_run, set_up, settle, take_best, uses_graphs
 
 EVAL_BATCH_SIZE = 10
 RULE = 89  # characters of a line between epochs
@@ -188,6 +190,7 @@ def fit(
             "hidden": [h.transpose(0, 1).cpu() for h in hidden],  # of all columns
         }
 
+    train_step = training_step(run, model, optimizer, args)
     try:
         with run.training(contents):
             for _ in run.epochs(args.epochs):
@@ -195,9 +198,8 @@ def fit(
                 lr = annealed_rate(run, args)
                 # As in the original, AdamW keeps its rate, and only the printed one is annealed.
                 rate = args.lr if args.use_optimizer else lr
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                train_loss = train_epoch(run, model, optimizer, train, args)
+                run.set_learning_rate(rate)
+                train_loss = train_epoch(run, model, train_step, train, args)
                 val_loss = evaluate(run, model, valid, args)
                 accelerator.print("-" * RULE)
                 accelerator.print(
@@ -233,12 +235,29 @@ def annealed_rate(run: Run, args: argparse.Namespace) -> float:
     return math.ldexp(args.lr, -2 * run.values["annealed"])
 
 
+def training_step(
+    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace
+) -> Step:
+    """A step as a function of its segment; with --compile a GPU replays it as a CUDA graph."""
+    accelerator = run.accelerator
+
+    def step(
+        tokens: torch.Tensor, targets: torch.Tensor, *hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        # DistributedDataParallel averages the gradients: the mean over all columns.
+        loss, hidden = model(tokens, targets, hidden)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.detach().to(sum_dtype(accelerator.device))
+        return torch.stack([loss, len(tokens) * loss]), *hidden
+
+    return GraphedStep(step) if uses_graphs(args, accelerator) else step
+
+
 def train_epoch(
-    run: Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    text: torch.Tensor,
-    args: argparse.Namespace,
+    run: Run, model: nn.Module, train_step: Step, text: torch.Tensor, args: argparse.Namespace
 ) -> float:
     """Train the rest of the epoch under way; returns the mean loss of a word in the whole of it."""
     accelerator, state = run.accelerator, run.values
@@ -259,18 +278,10 @@ def train_epoch(
     with bar:
         for step, tokens, targets in segments(text, args.bptt, run.step):
             # Dropout of a step follows from what it is, not from the past.
-            torch.manual_seed(
-                derive_seed("dropout", args.seed, run.epoch, step, accelerator.process_index)
-            )
-            # DistributedDataParallel averages the gradients: the mean over all columns.
-            loss, state["hidden"] = model(tokens, targets, state["hidden"])
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), args.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-
-            loss = loss.detach().to(sums.total.dtype)
-            sums.update(torch.stack([loss, len(tokens) * loss]), step)
+            rank = accelerator.process_index
+            seed_generators(accelerator.device, "dropout", args.seed, run.epoch, step, rank)
+            values, *state["hidden"] = train_step(tokens, targets, *state["hidden"])
+            sums.update(values, step)
             bar.update()
             if step % args.log_interval == 0 and step > 0:
                 # As the original: the first line's sum has one batch more than it counts.

@@ -28,10 +28,11 @@ from engine import cli
 from engine.checkpoints import Checkpoint, find, load
 from engine.exits import run_script
 from engine.files import check_writable
+from engine.graphs import GraphedStep, Step, uses_graphs
 from engine.launch import build_accelerator, check_compiler, describe_run, keep_freed_memory
 from engine.metrics import Sums
 from engine.run import Run
-from engine.seeds import derive_seed, use_deterministic_kernels
+from engine.seeds import seed_generators, use_deterministic_kernels
 from image_classification.cache import BadImageError, refuse_bad_images
 from image_classification.data import ImageData, ImageLoader
 from image_classification.metrics import Progress, Statistics, batch_sums
@@ -172,14 +173,16 @@ def fit(
             "scheduler": {"last_epoch": run.epoch, "base_lrs": [args.lr]},
         }
 
+    for group in optimizer.param_groups:
+        group["initial_lr"] = args.lr  # of the original's scheduler
+    train_step = training_step(run, model, optimizer, args)
     # `best_acc1` may come from another folder, which then still needs a `model_best.pth`.
     has_best = run.best.exists()
     with run.training(contents):
         for epoch in run.epochs(args.epochs):
             lr = learning_rate(epoch, args)
-            for group in optimizer.param_groups:
-                group.update(lr=lr, initial_lr=args.lr)
-            train, rate = train_epoch(run, model, optimizer, train_loader, args)
+            run.set_learning_rate(lr)
+            train, rate = train_epoch(run, model, train_step, train_loader, args)
             val = evaluate(run, model, val_loader, args)
             accelerator.print(val)
             is_best = val.acc1 > run.values["best_acc1"] or not has_best
@@ -215,12 +218,39 @@ def learning_rate(epoch: int, args: argparse.Namespace) -> float:
     return float(args.lr * (0.5 + 0.5 * math.cos(math.pi * progress)))
 
 
+def training_step(
+    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace
+) -> Step:
+    """A step as a function of its batch; with --compile a GPU replays it as a CUDA graph."""
+    accelerator = run.accelerator
+
+    def step(
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        *soft_targets: torch.Tensor,
+        size: int,
+    ) -> tuple[torch.Tensor, ...]:
+        logits = model(images)
+        losses = F.cross_entropy(
+            logits,
+            soft_targets[0] if soft_targets else targets,
+            reduction="none",
+            label_smoothing=args.label_smoothing,
+        )
+        # DistributedDataParallel averages over processes: this makes it the mean over the global
+        # batch, also where padding makes the slices unequal.
+        share = accelerator.num_processes / size
+        accelerator.backward(torch.where(weights > 0, losses, 0).sum() * share)
+        optimizer.step()
+        optimizer.zero_grad()
+        return (batch_sums(logits, targets, losses, weights),)
+
+    return GraphedStep(step) if uses_graphs(accelerator, args.compile) else step
+
+
 def train_epoch(
-    run: Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: ImageLoader,
-    args: argparse.Namespace,
+    run: Run, model: nn.Module, train_step: Step, loader: ImageLoader, args: argparse.Namespace
 ) -> tuple[Statistics, float]:
     """Train the rest of `run.epoch`; returns its statistics and images per second."""
     accelerator = run.accelerator
@@ -237,24 +267,12 @@ def train_epoch(
     try:
         for step, batch in progress.steps(loader.epoch(run.epoch, run.step)):
             # Dropout and stochastic depth of a step follow from what it is, not from the past.
-            torch.manual_seed(
-                derive_seed("dropout", args.seed, run.epoch, step, accelerator.process_index)
-            )
-            logits = model(batch.images)
-            losses = F.cross_entropy(
-                logits,
-                batch.targets if batch.soft_targets is None else batch.soft_targets,
-                reduction="none",
-                label_smoothing=args.label_smoothing,
-            )
-            # DistributedDataParallel averages over processes: this makes it the mean over the
-            # global batch, also where padding makes the slices unequal.
-            share = accelerator.num_processes / batch.size
-            accelerator.backward(torch.where(batch.weights > 0, losses, 0).sum() * share)
-            optimizer.step()
-            optimizer.zero_grad()
-
-            sums.update(batch_sums(logits, batch.targets, losses, batch.weights), step)
+            rank = accelerator.process_index
+            seed_generators(accelerator.device, "dropout", args.seed, run.epoch, step, rank)
+            soft_targets = () if batch.soft_targets is None else (batch.soft_targets,)
+            inputs = (batch.images, batch.targets, batch.weights, *soft_targets)
+            (values,) = train_step(*inputs, size=batch.size)
+            sums.update(values, step)
             if progress.tick(step):
                 progress.display(step, *map(Statistics.from_sums, sums.read()))
             run.end_of_step(step)

@@ -66,12 +66,13 @@ def kit(
     spec = settle(parser, args, Checkpoint(), accelerator)._replace(words=sizes["words"])
     text = reference_lm.text(steps, columns, bptt, sizes["words"])
     network, optimizer, text = set_up(run, spec, text, args, Checkpoint())
+    step = lm_main.training_step(run, network, optimizer, args)
 
     def epoch() -> object:
         if work == "validation":
             return lm_main.evaluate(run, network, text, args)
         run.step, run.values["hidden"] = 0, ()  # every round is the first epoch
-        return lm_main.train_epoch(run, network, optimizer, text, args)
+        return lm_main.train_epoch(run, network, step, text, args)
 
     return lambda: [steps * bptt * columns / rounds.seconds(epoch)]
 
@@ -87,7 +88,7 @@ def main() -> None:
     add("--batch-size", type=positive_int, default=20, help="columns of text")
     add("--bptt", type=positive_int, default=35, help="words of a column in a step")
     add("--steps", type=positive_int, default=20, help="of a round")
-    add("--compile", action="store_true", help="of the kit's model")
+    add("--compile", action="store_true", help="measure the kit with --compile as well")
     # fmt: on
     rounds.add_arguments(parser, positive_int)
     rounds.add_precision(parser, bf16=not emulates_bf16(rounds.device()))
@@ -114,8 +115,9 @@ def main() -> None:
             contestants = rounds.line_up(
                 args.precision,
                 (f"reference_lm:{work}", options),
-                ("lm_throughput:kit", {"work": work, "compiled": args.compile, **options}),
+                ("lm_throughput:kit", {"work": work, **options}),
                 ("floors:products", floor_options),
+                args.compile,
             )
             rows += rounds.measure([f"{model} {work}"], "tokens/s", contestants, args.rounds, flops)
             share = 2 * args.words * size * (3 if work == "training" else 1) / flops

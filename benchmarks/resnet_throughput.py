@@ -44,13 +44,13 @@ LOADING_STEPS = 40  # at least, of a round: loading alone is quick
 SMALLEST = "squeezenet1_1"  # the model of the loading row, which measures the loader alone
 
 
-def kit(work: str, flags: list[str], rows: list[int]) -> Round:
+def kit(work: str, flags: list[str], rows: list[int], compiled: bool = False) -> Round:
     """Images a second over those of number `rows`, set up as resnet_main.main does."""
     accelerator = build_accelerator(deterministic=False)
     use_deterministic_kernels(False)
     keep_freed_memory(2**25)
     parser = resnet_main.make_parser()
-    args = parser.parse([*flags, "--seed", "0"])
+    args = parser.parse([*flags, "--seed", "0", *["--compile"] * compiled])
     run = make_run(accelerator, args)
     settle(parser, args, Checkpoint(), accelerator)
     data = find_data(accelerator, args)
@@ -59,12 +59,13 @@ def kit(work: str, flags: list[str], rows: list[int]) -> Round:
     else:
         data = data._replace(train=subset(data.train, rows, args, train=True))
     model, optimizer, train_loader, val_loader = set_up(run, data, args, Checkpoint())
+    step = resnet_main.training_step(run, model, optimizer, args)
 
     def epoch() -> object:
         if work == "validation":
             return resnet_main.evaluate(run, model, val_loader, args)
         run.step = 0  # every round is the first epoch
-        return resnet_main.train_epoch(run, model, optimizer, train_loader, args)
+        return resnet_main.train_epoch(run, model, step, train_loader, args)
 
     if work == "loading":
         return lambda: [
@@ -129,7 +130,7 @@ def main() -> None:
         help="processes that decode images")
     add("--steps", type=positive_int, default=6 if cpu else 100, metavar="N",
         help="of a round")
-    add("--compile", action="store_true", help="of the kit's model")
+    add("--compile", action="store_true", help="measure the kit with --compile as well")
     add("--only", nargs="+", choices=WORK, default=WORK, metavar="ROW", help=" ".join(WORK))
     # fmt: on
     rounds.add_arguments(parser, positive_int)
@@ -143,7 +144,7 @@ def main() -> None:
     build_model(spec)  # or say what is wrong with it
     network = {"arch": spec.arch, "stem": spec.stem, "classes": spec.num_classes}
     sizes = [*("-b", args.batch_size), *("--image-size", args.image_size), *("-j", args.workers)]
-    flags = [args.data, "-a", args.arch, *map(str, sizes), *["--compile"] * args.compile]
+    flags = [args.data, "-a", args.arch, *map(str, sizes)]
     flags += ["--stem", stem] if stem else []
     steps = {"training": args.steps, "validation": args.steps}
     steps["loading"] = max(args.steps, LOADING_STEPS)
@@ -181,6 +182,7 @@ def main() -> None:
             (f"reference_image:{work}", {"loader": loader, "network": network}),
             ("resnet_throughput:kit", {"work": work, "flags": flags, "rows": rows}),
             ("floors:convolutions", bound),
+            args.compile,
         )
         results += rounds.measure([work], "images/s", contestants, args.rounds, flops)
     if {"training", "validation"} & set(args.only):
@@ -204,8 +206,7 @@ def main() -> None:
         notes.append("loading: augmented batches, and no training; the cache is built once.")
     if "start" in args.only:
         # Eight images and no compiler, so that the step itself takes next to nothing.
-        first = [flag for flag in flags if flag != "--compile"]
-        first += ["-b", "8", "-p", "1", "--seed", "0"]
+        first = [*flags, "-b", "8", "-p", "1", "--seed", "0"]
         contestants = [
             Contestant("import torch", "reference_image:import_torch", {}, theirs),
             Contestant("kit's first step", "resnet_throughput:start", {"flags": first}, own),

@@ -108,18 +108,27 @@ def line_up(
     reference: tuple[str, dict[str, Any]],
     kit: tuple[str, dict[str, Any]],
     floor: tuple[str, dict[str, Any]],
+    compiled: bool,
 ) -> list[Contestant]:
     """The reference, the kit in each precision, and what bounds them; target and options of each.
 
-    A floor's function has the argument `dtype` as well.
+    A floor's function has the argument `dtype` as well, the kit's `compiled`, for a contestant more
+    in each precision.
     """
     names = {precision: PRECISIONS[precision] for precision in precisions}
     own = reference_environment()
     return [
         Contestant("reference float32", *reference, own, "floor float32" * ("no" in names)),
         *(
-            Contestant(f"kit {dtype}", *kit, kit_environment(precision), f"floor {dtype}")
+            Contestant(
+                f"kit {dtype}{' compiled' * is_compiled}",
+                kit[0],
+                {**kit[1], "compiled": is_compiled},
+                kit_environment(precision),
+                f"floor {dtype}",
+            )
             for precision, dtype in names.items()
+            for is_compiled in (False, True)[: 1 + compiled]
         ),
         *(
             Contestant(f"floor {t}", floor[0], {**floor[1], "dtype": t}, floor_environment())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import copy
 import pickle
 import shutil
 import zipfile
@@ -157,10 +156,11 @@ class Writer:
         self.written: concurrent.futures.Future[None] = self.executor.submit(lambda: None)
 
     def save(self, checkpoint: Mapping[str, Any], *copies: Path) -> None:
-        """Copy `checkpoint` in memory, which takes its time from training, and write it later."""
+        """Copy `checkpoint` to main memory, for which training waits, and write it later."""
         self.wait()
-        # A deep copy keeps tensors that share their memory together, as tied weights do.
-        snapshot = copy.deepcopy(dict(checkpoint))
+        snapshot = _to_host(checkpoint, {})
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()  # once, for all the copies
         self.written = self.executor.submit(self._write, snapshot, copies)
 
     def _write(self, checkpoint: Mapping[str, Any], copies: tuple[Path, ...]) -> None:
@@ -188,6 +188,24 @@ class Writer:
         self.executor.shutdown()
         if error is None:
             self.check()
+
+
+def _to_host(value: Any, copied: dict[object, torch.Tensor]) -> Any:
+    """A copy of `value` with its tensors in main memory, pinned for those of a GPU.
+
+    Args:
+        copied: tensors that have been copied. Tied weights, which share memory, are copied once.
+    """
+    if isinstance(value, torch.Tensor):
+        key = (value.data_ptr(), value.shape, value.stride())
+        if key not in copied:
+            copied[key] = value.detach().to("cpu", non_blocking=True, copy=True)
+        return copied[key]
+    if isinstance(value, Mapping):
+        return {name: _to_host(item, copied) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_host(item, copied) for item in value)
+    return value
 
 
 def find(

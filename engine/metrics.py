@@ -19,6 +19,10 @@ def diverged(epoch: int, step: int) -> UserError:
     )
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Sums:
     """Sums over an epoch, on the device; reading them is the only synchronisation.
 
@@ -38,7 +42,7 @@ class Sums:
         carried: Sequence[Sequence[float]] | None = None,
     ) -> None:
         self.accelerator, self.average, self.epoch = accelerator, average, epoch
-        kind = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        kind = sum_dtype(accelerator.device)
         self.total = torch.zeros(width, device=accelerator.device, dtype=kind)
         if carried is not None:
             rows = torch.tensor(carried, dtype=kind, device=accelerator.device)

@@ -127,6 +127,13 @@ class Run:
         while self.epoch < count:
             yield self.epoch
 
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):  # which a CUDA graph reads
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
     def begin_epoch(self) -> Sums:
         """The sums of the epoch: empty, or as they were where the epoch is taken up."""
         self.sums = Sums(self.accelerator, self.width, self.average, self.number, self.carried)
@@ -214,6 +221,9 @@ class Run:
         sums = self.sums.carry() if self.sums is not None else None
         contents = {**self.values, **self.contents()}
         if self.accelerator.is_main_process:
+            optimizer = self.optimizer.state_dict()
+            for group in optimizer["param_groups"]:
+                group["lr"] = float(group["lr"])
             self.writer.save(
                 {
                     **contents,
@@ -221,7 +231,7 @@ class Run:
                     "step": self.step,
                     "sums": sums,
                     "state_dict": self.accelerator.unwrap_model(self.model).state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
+                    "optimizer": optimizer,
                 },
                 *copies,
             )

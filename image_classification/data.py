@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from engine.cli import UserError
 from engine.preemption import leave_signals_to_parent
-from engine.seeds import derive_seed
+from engine.seeds import derive_seed, seed_generators
 from image_classification.augment import Crops, draw_crops, normalise, resize, resized_crop
 from image_classification.cache import decoded_images, open_image, small_side
 from image_classification.sources import resolve
@@ -231,6 +231,21 @@ def load_dataset(name: str, image_size: int, seed: int, workers: int, download: 
     )
 
 
+def move_to_gpu(data: ImageData, device: torch.device) -> tuple[ImageData, str]:
+    """`data` with its decoded images on a GPU, where half of the free memory there is enough.
+
+    Returns a phrase, too, that says where the images are.
+    """
+    train, val = data.train, data.val
+    if isinstance(train, ImageFiles) or isinstance(val, ImageFiles):
+        return data, "decoded by workers"
+    size = train.images.nbytes + val.images.nbytes
+    if device.type != "cuda" or 2 * size > torch.cuda.mem_get_info(device)[0]:
+        return data, "decoded in memory"
+    on_gpu = (dataclasses.replace(s, images=s.images.to(device)) for s in (train, val))
+    return ImageData(data.root, data.classes, *on_gpu), "decoded on the GPU"
+
+
 def dummy_dataset(image_size: int) -> ImageData:
     """The original's --dummy: noise in ImageNet's numbers of images and classes, no disk."""
     generator = torch.Generator().manual_seed(0)
@@ -323,49 +338,66 @@ class ImageLoader:
         In training a slice of each; in evaluation every `world_size`-th batch, whole.
         """
         if self.train:
-            order = torch.randperm(
-                len(self.targets), generator=_generator("order", self.seed, epoch)
-            )
+            generator = _generator("order", self.seed, epoch)
+            order = torch.randperm(len(self.targets), generator=generator)
             batches = order.split(self.batch_size)[start:]
             slices = [(*self._slice(batch), len(batch)) for batch in batches]
         else:
             batches = self.rows.split(self.batch_size)[start:][self.rank :: self.world_size]
             slices = [(batch, len(batch), len(batch)) for batch in batches]
-        pixels = self._pixels(epoch, [rows for rows, _, _ in slices])
-        for step, (images, (rows, real, size)) in enumerate(
-            zip(pixels, slices, strict=True), start
+        parts = [rows for rows, _, _ in slices]
+        for step, (images, targets, (rows, real, size)) in enumerate(
+            zip(self._pixels(epoch, parts), self._spread(self.targets, parts), slices, strict=True),
+            start,
         ):
             images = normalise(images)
-            targets = self.targets[rows].to(self.device, non_blocking=True)
             soft_targets = None
             if self.mix is not None:
                 # Every process draws the same partners and the same mixing ratio.
-                torch.manual_seed(derive_seed("mix", self.seed, epoch, step))
+                seed_generators(self.device, "mix", self.seed, epoch, step)
                 images, soft_targets = self.mix(images, targets)
                 images = images[1:].contiguous(memory_format=torch.channels_last)
                 targets, soft_targets, rows = targets[1:], soft_targets[1:], rows[1:]
             weights = (torch.arange(len(rows), device=self.device) < real).float()
             yield Batch(images, targets, soft_targets, weights, rows, size)
 
-    def _pixels(self, epoch: int, slices: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """[b, 3, size, size], float32 from 0 to 255, of the samples of each slice."""
+    def _spread(self, values: torch.Tensor, parts: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """`values` [n] of the samples of each part, on the device: one copy for all parts."""
+        if not parts:
+            return []
+        spread: Sequence[torch.Tensor] = (
+            values[torch.cat(parts)].to(self.device).split([len(rows) for rows in parts])
+        )
+        return spread
+
+    def _pixels(self, epoch: int, parts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """[b, 3, size, size], float32 from 0 to 255, of the samples of each part."""
         if isinstance(self.images, ImageFiles):
-            self.keys[:] = [[(epoch, i) for i in rows.tolist()] for rows in slices]
+            self.keys[:] = [[(epoch, i) for i in rows.tolist()] for rows in parts]
             for pixels in self.loader:
                 yield pixels.to(self.device, non_blocking=True).float()
             return
         images = self.images.images
-        # The whole epoch's crops in one draw: a generator for each sample is slow.
-        generator = _generator("augmentation", self.seed, epoch)
-        side = images.shape[-1]
-        crops = draw_crops(len(self.targets), side, side, generator) if self.train else None
-        for rows in slices:
-            pixels = images[rows % len(images)].to(self.device, non_blocking=True)
-            if crops is None:
-                yield resize(pixels, self.image_size)
-            else:
-                own = Crops(*(field[rows].to(self.device, non_blocking=True) for field in crops))
-                yield resized_crop(pixels, own, self.image_size)
+        is_here = images.device == self.device
+        places = torch.arange(len(self.targets)) % len(images)
+        own_places = self._spread(places, parts) if is_here else [places[rows] for rows in parts]
+        own_crops: Iterable[Crops | None] = [None] * len(parts)
+        if self.train:
+            # The whole epoch's crops in one draw: a generator for each sample is slow.
+            generator = _generator("augmentation", self.seed, epoch)
+            side = images.shape[-1]
+            crops = draw_crops(len(self.targets), side, side, generator)
+            fields = [self._spread(field, parts) for field in crops]
+            own_crops = map(Crops, *fields)
+        for rows, crop in zip(own_places, own_crops, strict=True):
+            pixels = images[rows]
+            if not is_here:
+                pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+            yield (
+                resize(pixels, self.image_size)
+                if crop is None
+                else resized_crop(pixels, crop, self.image_size)
+            )
 
     def _slice(self, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
         """This process's samples of a global batch, padded so that all slices are equally long.

@@ -11,6 +11,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from engine.metrics import sum_dtype
+
 T = TypeVar("T")
 
 
@@ -49,7 +51,7 @@ def batch_sums(
     # Padding may be anything: it must not even turn a sum into NaN.
     loss = torch.where(weights > 0, losses, 0)
     sums = torch.stack([loss.sum(), hits[:, 0].sum(), hits.sum(), (weights > 0).sum()])
-    return sums.to(torch.float32 if sums.device.type == "mps" else torch.float64)
+    return sums.to(sum_dtype(sums.device))
 
 
 class Progress:

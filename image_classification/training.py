@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from engine.checkpoints import Checkpoint
 from engine.cli import ArgumentParser, UserError
+from engine.graphs import make_capturable, uses_graphs
 from engine.run import Run
 from engine.seeds import agree_on_seed
 from image_classification.checkpoint import (
@@ -21,7 +22,13 @@ from image_classification.checkpoint import (
     read_spec,
     refuse_other_classes,
 )
-from image_classification.data import ImageData, ImageLoader, dummy_dataset, load_dataset
+from image_classification.data import (
+    ImageData,
+    ImageLoader,
+    dummy_dataset,
+    load_dataset,
+    move_to_gpu,
+)
 from image_classification.model import ModelSpec, build_model, has_stem
 
 # What a resumed run takes from its checkpoint unless a flag says otherwise; the weights decide
@@ -87,9 +94,10 @@ def find_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
         return dummy_dataset(args.image_size)
     with accelerator.local_main_process_first():  # a node's first process downloads and decodes
         data = load_dataset(args.data, args.image_size, args.seed, args.workers, args.download)
+    data, where = move_to_gpu(data, accelerator.device)
     accelerator.print(
         f"=> {data.root}: {len(data.train)} training and {len(data.val)} "
-        f"validation images of {len(data.classes)} classes"
+        f"validation images of {len(data.classes)} classes, {where}"
     )
     return data
 
@@ -116,7 +124,8 @@ def set_up(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(memory_format=torch.channels_last)
     if args.compile:
-        model.compile()
+        # For each shape once, the last, smaller batches too: all of it in the first epoch.
+        model.compile(dynamic=False)
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
@@ -138,6 +147,8 @@ def set_up(
         run.values["best_acc1"] = -1.0 if best is None else best
         for group in optimizer.param_groups:
             group.update(momentum=args.momentum, weight_decay=args.weight_decay)
+    if uses_graphs(accelerator, args.compile):
+        make_capturable(optimizer, accelerator.device)
     return *run.prepare(model, optimizer), train_loader, val_loader
 
 

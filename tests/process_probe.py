@@ -56,7 +56,8 @@ def train(accelerator: Accelerator, loader: ImageLoader) -> None:
     model: torch.nn.Module = torch.nn.Sequential(torch.nn.Flatten(), linear)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     model, optimizer = run.prepare(model, optimizer)
-    statistics, _ = resnet_main.train_epoch(run, model, optimizer, loader, args)
+    step = resnet_main.training_step(run, model, optimizer, args)
+    statistics, _ = resnet_main.train_epoch(run, model, step, loader, args)
     assert run.sums is not None
     samples = run.sums.read()[1][3]
     accelerator.print("WEIGHTS", *statistics, samples, *linear.weight.flatten()[::97].tolist())

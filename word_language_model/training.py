@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
+from engine import graphs
 from engine.checkpoints import Checkpoint
 from engine.cli import ArgumentParser, UserError
 from engine.run import Run
@@ -70,6 +71,11 @@ def settle(
     return spec
 
 
+def uses_graphs(args: argparse.Namespace, accelerator: Accelerator) -> bool:
+    """Whether CUDA graphs stand for --compile; AdamW counts its steps outside of them."""
+    return graphs.uses_graphs(accelerator, args.compile) and not args.use_optimizer
+
+
 def set_up(
     run: Run, spec: ModelSpec, text: torch.Tensor, args: argparse.Namespace, checkpoint: Checkpoint
 ) -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
@@ -97,8 +103,10 @@ def set_up(
         steps = segment_count(text, args.bptt)
         run.resume(checkpoint, optimizer, steps, batches)
         resume_values(run, checkpoint, model, columns, args.batch_size)
-    if args.compile:
+    if args.compile and not uses_graphs(args, accelerator):
         model.compile()
+    if uses_graphs(args, accelerator):
+        graphs.make_capturable(optimizer, accelerator.device)
     return *run.prepare(model, optimizer), text[:, columns].contiguous().to(accelerator.device)
 
 

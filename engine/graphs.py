@@ -1,0 +1,82 @@
+"""A training step as one CUDA graph: a single launch where eager PyTorch has hundreds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+Step = Callable[..., tuple[torch.Tensor, ...]]
+
+# Calls with inputs of some shapes that run as they are before the next one is captured. In them
+# cuDNN chooses its algorithms, and the optimizer makes its state.
+WARM_UP = 3
+
+
+def uses_graphs(accelerator: Accelerator, compiled: bool) -> bool:
+    """Whether --compile means CUDA graphs: for one process on a GPU.
+
+    DistributedDataParallel's reducer is not captured, nor is fp16's loss scale, which skips steps.
+    """
+    alone_on_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    return compiled and alone_on_gpu and accelerator.mixed_precision != "fp16"
+
+
+def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Have SGD update all weights in one kernel that reads its learning rate on the device.
+
+    A number would be part of the graph, and stay what it was at the capture.
+    """
+    for group in optimizer.param_groups:
+        group.update(fused=True, lr=torch.tensor(float(group["lr"]), device=device))
+
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[torch.Tensor, ...]
+    outputs: tuple[torch.Tensor, ...]
+
+
+class GraphedStep:
+    """Calls `step`; from the fourth call with inputs of the same shapes on it replays a graph.
+
+    Results are those of `step` to the bit, random numbers those of the generator's seed at the
+    call. An output is valid until the next call.
+
+    Args:
+        step: takes tensors on the GPU and numbers, returns tensors, and never waits for the GPU.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.calls: dict[object, int] = {}
+        self.captured: dict[object, _Captured] = {}
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, *inputs: torch.Tensor, **numbers: float) -> tuple[torch.Tensor, ...]:
+        key = (*((t.shape, t.dtype) for t in inputs), *sorted(numbers.items()))
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= WARM_UP:
+            # On the stream of the capture, for which cuBLAS has a workspace of its own.
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.step(*inputs, **numbers)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if key not in self.captured:
+            own = tuple(tensor.clone() for tensor in inputs)
+            graph = torch.cuda.CUDAGraph()
+            # Only this thread is captured: another may be writing a checkpoint.
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                outputs = self.step(*own, **numbers)
+            self.captured[key] = _Captured(graph, own, outputs)
+        captured = self.captured[key]
+        for own_input, given in zip(captured.inputs, inputs, strict=True):
+            own_input.copy_(given)
+        captured.graph.replay()
+        return captured.outputs

@@ -1,0 +1,209 @@
+"""What only a GPU can show; `make test-gpu` runs these alone, elsewhere they are skipped."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chaos import MEASURED, differences, read, scalars
+from kit import Running, launch, make_corpus, make_dataset, run
+from torch import nn
+
+import resnet_main
+from engine.checkpoints import Checkpoint
+from engine.graphs import WARM_UP, GraphedStep, make_capturable
+from engine.launch import build_accelerator
+from image_classification import training
+from image_classification.data import DecodedImages, ImageLoader
+from word_language_model.data import segments
+from word_language_model.model import MODELS, ModelSpec, build_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-gpu"),
+]
+BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+IMAGES = ("set", "--image-size", 32, "-b", 16, "--stem", "stock", "--lr", 0.01, "--seed", 1)
+TEXT = ("--data", "set", "--emsize", 16, "--nhid", 16, "--batch_size", 4, "--bptt", 5, "--lr", 1)
+
+
+def test_training_with_the_yaml_of_one_gpu(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", train=30)
+    result = launch("gpu1.yaml", "resnet_main.py", *IMAGES, "--epochs", 2, cwd=tmp_path)
+    assert result.code == 0, result
+    assert re.search(r"=> 1 process on NVIDIA.*, bf16", result.out)
+    assert "10 validation images of 3 classes, decoded on the GPU" in result.out
+    assert read(tmp_path / "output" / "resnet" / "checkpoint.pth")["epoch"] == 2
+
+
+def kill_and_resume(
+    flags: list[object], save: Callable[[Path], list[object]], names: tuple[str, str], cwd: Path
+) -> None:
+    """SIGTERM and SIGKILL within an epoch end with the bits of an undisturbed run."""
+    checkpoint, logs = names
+    whole, disturbed = cwd / "whole", cwd / "disturbed"
+    undisturbed = run(*map(str, [*flags, *save(whole)]), cwd=cwd, env=BF16)
+    assert undisturbed.code == 0, undisturbed
+    again = list(map(str, [*flags, *save(disturbed)]))
+    latest = disturbed / checkpoint
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        before = latest.stat().st_mtime_ns if latest.exists() else 0
+        process = Running(*again, cwd=cwd, env=BF16)
+        while not latest.exists() or latest.stat().st_mtime_ns == before:
+            assert process.process.is_alive()
+            time.sleep(0.001)
+        assert process.process.pid is not None
+        os.kill(process.process.pid, signum)
+        stopped = process.finish()
+        assert stopped.code == {signal.SIGTERM: 75, signal.SIGKILL: -9}[signum], stopped
+    assert read(latest)["step"] > 0 or read(latest)["epoch"] > 0
+    resumed = run(*again, cwd=cwd, env=BF16)
+    assert resumed.code == 0, resumed
+    assert list(differences(read(whole / checkpoint), read(latest))) == []
+    curves = [scalars(folder / logs) for folder in (whole, disturbed)]
+    for tag in curves[0].keys() - {MEASURED}:
+        assert curves[0][tag] == curves[1][tag], tag
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_killed_resnet_ends_with_the_bits_of_an_undisturbed_one(
+    compiled: bool, tmp_path: Path
+) -> None:
+    make_dataset(tmp_path / "set", train=170)
+    flags: list[object] = ["resnet_main.py", *IMAGES, "--epochs", 3, "--checkpoint-every", 5]
+    flags += ["--resume", "auto", *["--compile"] * compiled]
+    kill_and_resume(
+        flags, lambda folder: ["--output-dir", folder], ("checkpoint.pth", "logs"), tmp_path
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_killed_language_model_ends_with_the_bits_of_an_undisturbed_one(
+    model: str, tmp_path: Path
+) -> None:
+    """With CUDA graphs; the hidden state and the generators' seeds lie in their inputs."""
+    make_corpus(tmp_path / "set", train=16_000)
+    flags: list[object] = ["lm_main.py", *TEXT, "--model", model, "--epochs", 2, "--compile"]
+    flags += ["--checkpoint-every", 20, "--resume", "auto"]
+    kill_and_resume(
+        flags,
+        lambda folder: ["--save", folder / "model.pt"],
+        ("model.checkpoint.pt", "model.logs"),
+        tmp_path,
+    )
+
+
+def test_an_evaluation_gives_the_figures_of_the_cpu(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", train=30, val=60)
+    make_corpus(tmp_path / "text" / "set")
+    assert run("resnet_main.py", *IMAGES, "--epochs", 2, cwd=tmp_path).code == 0
+    assert run("lm_main.py", *TEXT, "--epochs", 1, cwd=tmp_path / "text").code == 0
+    image = ("resnet_main.py", "set", "-e", "--resume", "output/resnet/checkpoint.pth")
+    for cwd, flags in ((tmp_path, image), (tmp_path / "text", ("lm_main.py", "--evaluate", *TEXT))):
+        figures = []
+        for env in ({}, {"ACCELERATE_USE_CPU": "true"}):
+            result = run(*flags, cwd=cwd, env=env)
+            assert result.code == 0, result
+            assert ("on CPU" in result.out) == bool(env)
+            lines = [line for line in result.out.splitlines() if line.startswith((" * ", "| Eval"))]
+            figures.append([float(x) for x in re.findall(r"\d+\.\d+", " ".join(lines))])
+        assert len(figures[0]) in (3, 4)
+        # An image whose two best classes are equally likely may go either way.
+        assert figures[0] == pytest.approx(figures[1], rel=2e-3, abs=2)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_images_on_the_gpu_are_those_in_memory(train: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (300, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    targets = torch.randint(9, (300,), generator=generator)
+    options: dict[str, Any] = {"batch_size": 64, "image_size": 64, "seed": 3, "workers": 0}
+    batches = [
+        list(ImageLoader(build_accelerator(), images, train=train, **options).epoch(1))
+        for images in (
+            DecodedImages(pixels, targets, []),
+            DecodedImages(pixels.cuda(), targets, []),
+        )
+    ]
+    assert len(batches[0]) == len(batches[1]) == 5
+    for one, other in zip(*batches, strict=True):
+        assert other.images.is_cuda
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.targets, other.targets)
+
+
+@pytest.mark.parametrize("model", ["LSTM", "Transformer"])
+def test_a_graph_replays_what_a_step_computes(model: str) -> None:
+    """To the bit, with dropout, a hidden state, and a shorter segment at the end."""
+    spec = ModelSpec(model, words=50, emsize=16, nhid=16, nlayers=2, nhead=2, tied=False)
+    text = torch.randint(50, (5 * (WARM_UP + 4) + 3, 4), device="cuda")
+    ends = []
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        network = build_model(spec, 0.2).cuda()
+        optimizer = torch.optim.SGD(network.parameters(), 1.0)
+        make_capturable(optimizer, torch.device("cuda"))
+
+        def step(
+            tokens: torch.Tensor,
+            targets: torch.Tensor,
+            *hidden: torch.Tensor,
+            network: nn.Module = network,
+            optimizer: torch.optim.Optimizer = optimizer,
+        ) -> tuple[torch.Tensor, ...]:
+            loss, hidden = network(tokens, targets, hidden)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach(), *hidden
+
+        train_step = GraphedStep(step) if graphed else step
+        losses = []
+        for epoch in range(2 + WARM_UP):
+            optimizer.param_groups[0]["lr"].fill_(1.0 / (1 + epoch))
+            hidden: Any = network.initial_hidden(4)
+            for number, tokens, targets in segments(text, 5):
+                torch.manual_seed(100 * epoch + number)
+                loss, *hidden = train_step(tokens, targets, *hidden)
+                losses.append(loss.clone())
+        ends.append([torch.stack(losses), *network.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_never_waits_for_the_gpu(compiled: bool, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", train=170)
+    parser = resnet_main.make_parser()
+    flags = [str(tmp_path / "set"), "-b", "32", "--seed", "1", "--cutmix", "1", "--stem", "stock"]
+    args = parser.parse([*flags, "--output-dir", str(tmp_path), *["--compile"] * compiled])
+    accelerator = build_accelerator()
+    run = training.make_run(accelerator, args)
+    training.settle(parser, args, Checkpoint(), accelerator)
+    data = training.find_data(accelerator, args)
+    model, optimizer, loader, _ = training.set_up(run, data, args, Checkpoint())
+    model.train()
+    step = resnet_main.training_step(run, model, optimizer, args)
+    sums = run.begin_epoch()
+
+    def take(batch: Any, number: int) -> None:
+        assert batch.soft_targets is not None
+        inputs = (batch.images, batch.targets, batch.weights, batch.soft_targets)
+        (values,) = step(*inputs, size=batch.size)
+        sums.update(values, number)
+
+    for number, batch in enumerate(loader.epoch(0)):
+        take(batch, number)
+    batches = loader.epoch(1)
+    take(next(batches), 0)  # an epoch begins with a copy of its order and crops
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number, batch in zip(range(1, 10), batches, strict=False):
+            take(batch, number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sums.read()[1][3] == 320
