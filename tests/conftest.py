@@ -1,11 +1,13 @@
-"""What all tests run under."""
+"""What all tests, and the scripts that they start, run under; torch reads it when it is imported."""
 
 import os
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Each worker, and each process that it starts, gets one thread; torch reads this at import.
+# Threads that wait for each other sleep. As long as they spin, a step of a small model takes a
+# hundred times as long on a machine with anything else to do.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time: each process gets one thread
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
