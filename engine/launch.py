@@ -41,6 +41,8 @@ def build_accelerator(deterministic: bool = True) -> Accelerator:
     # Huge pages for large tensors: a third of a language model's step was page faults. Torch
     # reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # cuDNN's RNNs sum in a fixed order only with workspaces of a fixed size.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     asked = get_int_from_env(WORLD_SIZE_VARIABLES, 1)
     asked_here = get_int_from_env(["LOCAL_WORLD_SIZE"], asked)
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`

@@ -378,7 +378,7 @@ class ImageLoader:
                 yield pixels.to(self.device, non_blocking=True).float()
             return
         images = self.images.images
-        is_here = images.device == self.device
+        is_here = images.device.type == self.device.type
         places = torch.arange(len(self.targets)) % len(images)
         own_places = self._spread(places, parts) if is_here else [places[rows] for rows in parts]
         own_crops: Iterable[Crops | None] = [None] * len(parts)

@@ -1,4 +1,4 @@
-"""What all tests, and the scripts that they start, run under; torch reads it when it is imported."""
+"""What all tests, and the scripts that they start, run under."""
 
 import os
 

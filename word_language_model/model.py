@@ -108,17 +108,36 @@ class RecurrentModel(LanguageModel):
         # torch warns when a single layer is given dropout "between" layers.
         between = dropout if spec.nlayers > 1 else 0.0
         self.rnn = kind(spec.emsize, spec.nhid, spec.nlayers, dropout=between, **options)
+        self.between = Dropout(between)  # on a GPU
         self.decoder = nn.Linear(spec.nhid, spec.words)
         self.init_decoder(self.encoder, spec.tied)
 
     def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
         embedded = self.drop(self.encoder(tokens))
-        if isinstance(self.rnn, nn.LSTM):
+        if embedded.is_cuda and self.training and self.rnn.dropout > 0:
+            output, hidden = self._layer_by_layer(embedded, hidden)
+        elif isinstance(self.rnn, nn.LSTM):
             output, hidden = self.rnn(embedded, hidden)
         else:
             output, state = self.rnn(embedded, *hidden)
             hidden = (state,)
         return self.drop(output), hidden
+
+    def _layer_by_layer(self, x: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+        """The RNN with torch's dropout between its layers.
+
+        cuDNN's own carries its random state from step to step, whatever the seed of a step.
+        """
+        layer_of = getattr(torch, self.rnn.mode.lower())
+        after = []
+        for layer in range(self.rnn.num_layers):
+            x = self.between(x) if layer else x
+            before = tuple(h[layer : layer + 1] for h in hidden)
+            weights = self.rnn._flat_weights[4 * layer : 4 * layer + 4]
+            state = before if isinstance(self.rnn, nn.LSTM) else before[0]
+            x, *ended = layer_of(x, state, weights, True, 1, 0.0, True, False, False)
+            after.append(ended)
+        return x, tuple(torch.cat(parts) for parts in zip(*after, strict=True))
 
     def initial_hidden(self, columns: int) -> Hidden:
         rnn = self.rnn
