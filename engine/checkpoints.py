@@ -99,8 +99,8 @@ def save(
 ) -> None:
     """Write `checkpoint` to each of `copies` and then to `path`, each whole or not at all.
 
-    `path` comes last: a run that is killed in between resumes from the older `path` and writes
-    the copies again, with the same bits.
+    `path` comes last: a run that is killed before that resumes from the older file at `path`, and
+    writes the same copies again.
 
     Args:
         previous: takes what was at `path`.
@@ -113,8 +113,8 @@ def save(
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as afterwards:
             if previous is not None:
-                # A second name for now, which takes its place when `path` has its new file: at
-                # every moment there are two files, and one may be damaged.
+                # A temporary second name, renamed to `previous` after `path` has its new file:
+                # at every moment there are two whole files, in case one gets damaged.
                 older = afterwards.enter_context(whole_or_absent(previous))
                 try:
                     older.hardlink_to(path)
@@ -176,7 +176,7 @@ class Writer:
             self.written.result()
 
     def wait(self) -> None:
-        """Until what was saved is on the disk."""
+        """Wait until the last checkpoint is on the disk, or raise what its write raised."""
         self.written.result()
 
     def __enter__(self) -> Writer:

@@ -24,11 +24,11 @@ CHUNK = 1 << 20
 
 @contextlib.contextmanager
 def whole_or_absent(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; what was written there takes the name at the end.
+    """Yield a temporary path beside `path`, and rename it to `path` when the block ends.
 
-    Works for a file and for a directory. When the block raises, the temporary is removed and
-    what stood at `path` is untouched. What a killed process left is removed on the next write.
-    A directory gives way when another process put its own there first.
+    The block writes a file or a directory there. When it raises, the temporary is removed and
+    `path` stays as it was. Temporaries of killed processes are removed by the next write. A
+    directory that another process has put at `path` meanwhile stays.
     """
     prefix = f".{path.name}.{socket.gethostname()}-"
     for stale in path.parent.glob(f"{prefix}*.tmp"):
@@ -46,7 +46,7 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
             temporary.replace(path)
-        # Without this the rename itself may be lost to a power failure.
+        # Until the directory is synchronised, a power failure may undo the rename.
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)
         os.close(directory)

@@ -84,7 +84,10 @@ def settle(
             f"by {accelerator.num_processes}: use a multiple"
         )
     if args.sync_bn and accelerator.device.type == "cpu" and accelerator.num_processes > 1:
-        raise UserError("--sync-bn works on GPUs only (torch has no SyncBatchNorm for the CPU)")
+        raise UserError(
+            "--sync-bn works on GPUs only (torch has no SyncBatchNorm for the CPU); --no-sync-bn "
+            "overrides a checkpoint's"
+        )
 
 
 def find_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
@@ -120,7 +123,7 @@ def set_up(
     if checkpoint:
         refuse_other_classes(checkpoint, data.classes)
         load_weights(model, checkpoint, spec.arch)
-    if args.sync_bn:
+    if args.sync_bn and not args.evaluate:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(memory_format=torch.channels_last)
     if args.compile:

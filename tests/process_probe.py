@@ -4,6 +4,7 @@ process_probe.py same SMALL LARGE  what an epoch of two datasets is made of (ind
                                    of images), and the weights after one of a linear model
 process_probe.py kill COMMAND EPOCH STEP …
                                    the command with these flags, killed once it has saved that
+process_probe.py compile …         resnet_main.py with these flags and a compiler that only counts
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from engine import checkpoints
 from engine.checkpoints import Checkpoint
 from engine.exits import run_script
 from engine.launch import build_accelerator
+from engine.run import Run
 from image_classification.data import ImageLoader, load_dataset
 from image_classification.training import make_run, settle
 
@@ -77,5 +79,25 @@ def kill() -> None:
     run_script(lambda: main(sys.argv[5:]))
 
 
+def count_compilations() -> None:
+    compile_module, end_of_epoch = torch.nn.Module.compile, Run.end_of_epoch
+    count = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        nonlocal count
+        count += 1
+        return graph.forward
+
+    def reported(run: Run, *args: Any) -> None:
+        end_of_epoch(run, *args)
+        print("COMPILED", count)
+
+    Run.end_of_epoch = reported  # type: ignore[assignment, method-assign]
+    torch.nn.Module.compile = lambda *args, **options: compile_module(  # type: ignore[method-assign]
+        *args, **options, backend=backend
+    )
+    run_script(lambda: resnet_main.main(sys.argv[2:]))
+
+
 if __name__ == "__main__":
-    {"same": same, "kill": kill}[sys.argv[1]]()
+    {"same": same, "kill": kill, "compile": count_compilations}[sys.argv[1]]()

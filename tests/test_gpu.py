@@ -206,4 +206,4 @@ def test_a_step_never_waits_for_the_gpu(compiled: bool, tmp_path: Path) -> None:
             take(batch, number)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert sums.read()[1][3] == 320
+    assert sums.read()[1][3] == 510 + 320

@@ -204,7 +204,6 @@ def test_options_of_the_training_loop(tmp_path: Path) -> None:
     assert rates == pytest.approx([0.005, 0.01, 0.005])
 
 
-@pytest.mark.xfail(strict=True, reason="DistributedDataParallel refuses SyncBatchNorm on a CPU")
 def test_four_processes_evaluate_what_was_trained_with_sync_bn(tmp_path: Path) -> None:
     """The setting comes from the checkpoint, and matters in training alone."""
     make_dataset(tmp_path / "set")
@@ -214,6 +213,16 @@ def test_four_processes_evaluate_what_was_trained_with_sync_bn(tmp_path: Path) -
     four = launch("cpu4.yaml", "resnet_main.py", *flags, cwd=tmp_path)
     assert four.code == 0, four
     assert SUMMARY.findall(four.out) == SUMMARY.findall(trained.out)
+
+
+def test_each_shape_is_compiled_once_and_in_the_first_epoch(tmp_path: Path) -> None:
+    """Full and last batch of training and of validation; by a compiler that only counts."""
+    make_dataset(tmp_path / "set", train=9)  # 27 and 10 images, in batches of 8
+    flags = ("set", *FAST, "--epochs", 3, "--compile")
+    result = run("tests/process_probe.py", "compile", *flags, cwd=tmp_path, env=PROBE)
+    assert result.code == 0, result
+    assert re.findall(r"COMPILED (\d+)", result.out) == ["4"] * 3
+    assert len(SUMMARY.findall(result.out)) == 3
 
 
 def test_dummy_data_needs_no_disk(tmp_path: Path) -> None:
