@@ -61,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="a.pth and b.pth")
     add("--data", default=str(TINY_IMAGENET), metavar="DIR", help="dataset, or `sample`")
     add("--classes", nargs="+", default=["0", "1"], metavar="CLASS",
-        help="numbers or names of classes, or all")
+        help="numbers or names of classes, =NAME for a name that is a number, or all")
     add("--output-dir", default=Path("diff"), type=Path, metavar="DIR",
         help="replaced when it holds an earlier output")
     add("--misclassified", action="store_true", help="copy the images that a model gets wrong")
@@ -152,7 +152,10 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def choose(names: list[str], classes: list[str]) -> set[int]:
-    """Indices of the classes that are named by number, by name, or by `all`.
+    """Indices of the classes that are asked for.
+
+    Args:
+        names: a number is a position, whatever the classes are called; `=NAME` is always a name.
 
     Raises:
         UserError: no such class.
@@ -161,14 +164,14 @@ def choose(names: list[str], classes: list[str]) -> set[int]:
     for name in names:
         if name == "all":
             chosen.update(range(len(classes)))
-        elif name in classes:
-            chosen.add(classes.index(name))
         elif name.isdecimal() and int(name) < len(classes):
             chosen.add(int(name))
+        elif not name.isdecimal() and name.removeprefix("=") in classes:
+            chosen.add(classes.index(name.removeprefix("=")))
         else:
             raise UserError(
                 f"no class {name}: the dataset has 0 to {len(classes) - 1}, "
-                f"named {classes[0]} to {classes[-1]}"
+                f"named {classes[0]} to {classes[-1]} (=NAME for a name that is a number)"
             )
     return chosen
 

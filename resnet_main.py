@@ -134,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = find_data(accelerator, args)
     model, optimizer, train_loader, val_loader = set_up(run, data, args, checkpoint)
     checkpoint.clear()  # model and optimizer have what they need of it
+    if args.evaluate and not (args.resume or args.pretrained):
+        accelerator.print("=> neither --resume nor --pretrained: the figures of random weights")
     try:
         if args.evaluate:
             accelerator.print(evaluate(run, model, val_loader, args))

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -20,12 +21,14 @@ from torch import nn
 from engine.cli import UserError
 from engine.files import whole_or_absent
 
+# What DistributedDataParallel, torch.compile and Lightning put before all names of a model.
+PREFIXES = ("module.", "_orig_mod.", "model.")
+
 
 class Checkpoint(dict[str, Any]):
     """What a file holds; empty for a run that starts anew.
 
-    From a file it has at least `state_dict`, whose names have lost the `module.` that
-    DistributedDataParallel and DataParallel put before them.
+    From a file it has at least `state_dict`, whose names have lost the PREFIXES of wrappers.
     """
 
     def __init__(self, path: Path = Path(), content: Mapping[str, Any] | None = None) -> None:
@@ -250,7 +253,10 @@ def _newest_whole(latest: Path) -> Path | UserError | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU: the kit's, the original's, or a bare state dict.
+    """Read a checkpoint onto the CPU: the kit's, the original's, or weights under other keys.
+
+    Those are a bare state dict, also as safetensors, and torchvision's references, which save the
+    weights as `model`.
 
     Raises:
         UserError: a file that is missing, cut, damaged, not a checkpoint, or that holds code.
@@ -260,7 +266,11 @@ def load(path: Path) -> Checkpoint:
         raise checkpoint.error("is a directory" if path.is_dir() else "no such file")
     try:
         _verify_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any
+        if path.suffix == ".safetensors":
+            content = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise checkpoint.error(
             "holds more than tensors and plain values, or is no checkpoint; loading it could run "
@@ -273,12 +283,15 @@ def load(path: Path) -> Checkpoint:
         reason = f": {error}".splitlines()[0] if spoken else ""
         raise checkpoint.error(f"damaged, cut, or no checkpoint{reason}") from error
     if isinstance(content, dict) and "state_dict" not in content:
-        content = {"state_dict": content}
+        if isinstance(content.get("model"), dict):
+            content["state_dict"] = content.pop("model")
+        else:
+            content = {"state_dict": content}
     state = content["state_dict"] if isinstance(content, dict) else None
     if not (isinstance(state, dict) and state and all(map(_is_weight, state, state.values()))):
         raise checkpoint.error("holds no state_dict of named tensors")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     # DataParallel around `features` alone, as the original wraps AlexNet and VGG.
     state = {name.replace("features.module.", "features."): t for name, t in state.items()}
     checkpoint.update(content, state_dict=state)

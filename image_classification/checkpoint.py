@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -40,10 +41,15 @@ def read_spec(checkpoint: Checkpoint, arch: str | None, stem: str | None) -> Mod
 
 
 def count_classes(checkpoint: Checkpoint) -> int:
-    """Outputs of the head, which is the last layer of every classifier of torchvision."""
-    head = next(reversed(checkpoint["state_dict"].values()))
+    """Outputs of the head, found by its name: a file may have its tensors in any order."""
+    state = checkpoint["state_dict"]
+    names = [name for name in state if re.match(r"(fc|heads?|classifier)\.", name)]
+    if not names:
+        raise checkpoint.error("has no fc, head, heads or classifier: not a model of torchvision")
+    # Of a classifier with several layers the one with the highest number.
+    head = state[max(names, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])]
     if not head.dim() or not len(head):
-        raise checkpoint.error("its last layer is no classifier's head")
+        raise checkpoint.error("its head has no outputs: damaged")
     return len(head)
 
 
@@ -54,8 +60,10 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
         UserError: when its names or shapes are not those of the model.
     """
     own = model.state_dict()
+    # torch before 0.4.1 did not count batches, which no figure depends on.
+    state = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
     # googlenet and inception_v3 are built without their auxiliary heads.
-    state = {
+    state |= {
         k: v
         for k, v in checkpoint["state_dict"].items()
         if k in own or not k.lower().startswith("aux")

@@ -9,6 +9,8 @@ from kit import Result, error_line, launch, run
 from PIL import Image
 from torchvision import models
 
+from diff_eval import choose
+from engine.cli import UserError
 from image_classification.augment import MEAN, STD
 
 # Grey levels of the validation images of each class; a model says 1 above its threshold.
@@ -186,3 +188,18 @@ def test_bad_input_is_one_line_and_touches_nothing(folder: Path) -> None:
         data = () if "--data" in flags else ("--data", "set")
         assert message in error_line(run("diff_eval.py", *flags, *data, cwd=folder))
     assert (mine / "thesis.txt").read_text() == "precious"
+
+
+def test_numbers_are_positions_and_names_are_names() -> None:
+    classes = ["1", "2", "cat", "=odd"]
+    for names, expected in (
+        (["0", "1"], {0, 1}),
+        (["=1"], {0}),
+        (["cat", "=cat"], {2}),
+        (["==odd"], {3}),
+        (["all"], {0, 1, 2, 3}),
+    ):
+        assert choose(names, classes) == expected
+    for name in ("4", "dog", "=3", "-1", "", "="):
+        with pytest.raises(UserError, match="no class"):
+            choose([name], classes)

@@ -2,9 +2,11 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
@@ -165,3 +167,49 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         image_checkpoint.load_weights(models.resnet18(num_classes=7), loaded, "resnet18")
     with pytest.raises(UserError, match="has shape"):
         image_checkpoint.load_weights(models.resnet34(num_classes=8), loaded, "resnet34")
+
+
+def other_peoples(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The same weights as other programs save them."""
+    state = model.state_dict()
+    return {
+        "as torch before 0.4.1": {k: v for k, v in state.items() if "num_batches" not in k},
+        "sorted": dict(sorted(state.items())),
+        "compiled": {f"_orig_mod.{k}": v for k, v in state.items()},
+        "compiled, in DataParallel": {f"module._orig_mod.{k}": v for k, v in state.items()},
+        "compiled around DataParallel": {f"_orig_mod.module.{k}": v for k, v in state.items()},
+        "Lightning's": {"state_dict": {f"model.{k}": v for k, v in state.items()}, "epoch": 2},
+        "torchvision's references'": {"model": state, "epoch": 3, "optimizer": {}},
+    }
+
+
+@pytest.mark.parametrize(
+    "arch", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5"]
+)
+def test_other_peoples_files_give_the_models_own_outputs(arch: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = models.get_model(arch, num_classes=7).train()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        model(images)  # for running statistics of its own
+        expected = model.eval()(images)
+    for name, content in other_peoples(model).items():
+        path = tmp_path / f"{name}.pth"
+        torch.save(content, path)
+        restored, found = image_checkpoint.restore_model(checkpoints.load(path), arch, "stock")
+        assert found.num_classes == 7, name
+        assert torch.equal(restored.eval()(images), expected), name
+    path = tmp_path / "weights.safetensors"
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    restored, _ = image_checkpoint.restore_model(checkpoints.load(path), arch, "stock")
+    assert torch.equal(restored.eval()(images), expected)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"weights\.safetensors: damaged, cut, or no checkpoint"):
+        checkpoints.load(path)
+
+
+def test_weights_of_another_architecture_name_what_they_lack(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save(models.vgg11(num_classes=7).state_dict(), path)
+    with pytest.raises(UserError, match=r"lacks conv1\.weight: not a resnet18; -a says what"):
+        image_checkpoint.restore_model(checkpoints.load(path))

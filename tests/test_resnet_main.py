@@ -84,6 +84,14 @@ def test_evaluation_needs_no_flags_and_does_not_depend_on_the_number_of_processe
         assert check is None or SUMMARY.findall(alone.out) == [check]
 
 
+def test_an_evaluation_of_random_weights_says_so(trained: tuple[Path, Result]) -> None:
+    result = run("resnet_main.py", "set", *FAST, "-e", cwd=trained[0])
+    assert result.code == 0, result
+    assert "the figures of random weights" in result.out
+    with_weights = ("set", "-e", "--resume", "output/resnet/checkpoint.pth")
+    assert "random weights" not in run("resnet_main.py", *with_weights, cwd=trained[0]).out
+
+
 def test_flags_that_disagree_with_the_checkpoint_are_named(trained: tuple[Path, Result]) -> None:
     flags = ["set", "-e", "--resume", "output/resnet/model_best.pth"]
     flags += ["-a", "resnet50", "--image-size", "64", "--stem", "stock"]
