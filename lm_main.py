@@ -34,7 +34,7 @@ from engine.checkpoints import Checkpoint, find
 from engine.exits import Stopped, run_script
 from engine.files import check_writable
 from engine.graphs import GraphedStep, Step
-from engine.launch import build_accelerator, check_compiler, describe_run, keep_freed_memory
+from engine.launch import build_accelerator, describe_run, keep_freed_memory
 from engine.metrics import sum_dtype
 from engine.run import Run
 from engine.seeds import seed_generators, use_deterministic_kernels
@@ -43,7 +43,7 @@ from word_language_model.data import WIKITEXT, batchify, load_corpus, segment_co
 from word_language_model.export import check_exporter, export_onnx
 from word_language_model.kernels import loss as decoded_loss
 from word_language_model.model import MODELS, LanguageModel
-from word_language_model.training import SETTINGS, make_run, set_up, settle, take_best, uses_graphs
+from word_language_model.training import SETTINGS, make_run, set_up, settle, take_best
 
 EVAL_BATCH_SIZE = 10
 RULE = 89  # characters of a line between epochs
@@ -104,11 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag in ("cuda", "accel"):
         if getattr(args, flag):
             accelerator.print(f"=> --{flag} changes nothing: devices are the launcher's business")
-    if args.compile:
-        check_compiler()
-    if args.evaluate:
-        args.resume = args.resume or args.save
-    args.resume = find(args.resume, run.latest, accelerator, needed=args.evaluate)
+    asked = args.resume or (args.save if args.evaluate else None)
+    args.resume = find(asked, run.latest, accelerator, needed=args.evaluate)
     checkpoint = load(args.resume) if args.resume else Checkpoint()
     spec = settle(parser, args, checkpoint, accelerator)
     check_outputs(run, args)
@@ -130,8 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint.clear()  # model and optimizer have what they need of it
     if args.evaluate:
         for name, text in (("valid", valid), ("test", test)):
-            loss = evaluate(run, model, text, args)
-            accelerator.print(f"| Evaluation | {summary(name, loss)}")
+            accelerator.print(f"| Evaluation | {summary(name, evaluate(run, model, text, args))}")
     else:
         fit(run, model, optimizer, train, valid, corpus.vocabulary, args)
         take_best(run, accelerator.unwrap_model(model))
@@ -181,6 +177,9 @@ def fit(
         f"=> {args.batch_size} columns of {args.bptt} words a step, {train.shape[1]} columns a "
         f"process; best model {run.best}, latest state {run.latest}, curves in {run.log_dir}"
     )
+
+    if run.is_done(args.epochs):
+        return
 
     def contents() -> dict[str, Any]:
         hidden = [accelerator.gather(h.transpose(0, 1).contiguous()) for h in state["hidden"]]
@@ -253,7 +252,7 @@ def training_step(
         loss = loss.detach().to(sum_dtype(accelerator.device))
         return torch.stack([loss, len(tokens) * loss]), *hidden
 
-    return GraphedStep(step) if uses_graphs(args, accelerator) else step
+    return GraphedStep(step) if run.graphed else step
 
 
 def train_epoch(
@@ -264,10 +263,11 @@ def train_epoch(
     model.train()
     if not state["hidden"]:
         state["hidden"] = accelerator.unwrap_model(model).initial_hidden(text.shape[1])
-    sums = run.begin_epoch()
+    steps = segment_count(text, args.bptt)
+    sums = run.begin_epoch(steps)
     bar = tqdm(
         desc=f"epoch {run.number}",
-        total=segment_count(text, args.bptt),
+        total=steps,
         initial=run.step,
         unit=" tokens",
         unit_scale=args.bptt * args.batch_size,

@@ -28,8 +28,8 @@ from engine import cli
 from engine.checkpoints import Checkpoint, find, load
 from engine.exits import run_script
 from engine.files import check_writable
-from engine.graphs import GraphedStep, Step, uses_graphs
-from engine.launch import build_accelerator, check_compiler, describe_run, keep_freed_memory
+from engine.graphs import GraphedStep, Step
+from engine.launch import build_accelerator, describe_run, keep_freed_memory
 from engine.metrics import Sums
 from engine.run import Run
 from engine.seeds import seed_generators, use_deterministic_kernels
@@ -122,8 +122,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory(2**25)  # a faster loader, for more memory: README, Speed
     run = make_run(accelerator, args)
     accelerator.print(describe_run(accelerator))
-    if args.compile:
-        check_compiler()
     if not args.evaluate and accelerator.is_main_process:
         check_writable(args.output_dir, "--output-dir")
         check_writable(run.log_dir, "--log-dir")
@@ -164,6 +162,9 @@ def fit(
         f"=> {args.batch_size} images a step, {args.batch_size // accelerator.num_processes} a "
         f"process; checkpoints in {args.output_dir}, curves in {run.log_dir}"
     )
+
+    if run.is_done(args.epochs):
+        return
 
     def contents() -> dict[str, Any]:
         return {
@@ -248,7 +249,7 @@ def training_step(
         optimizer.zero_grad()
         return (batch_sums(logits, targets, losses, weights),)
 
-    return GraphedStep(step) if uses_graphs(accelerator, args.compile) else step
+    return GraphedStep(step) if run.graphed else step
 
 
 def train_epoch(
@@ -257,7 +258,7 @@ def train_epoch(
     """Train the rest of `run.epoch`; returns its statistics and images per second."""
     accelerator = run.accelerator
     model.train()
-    sums = run.begin_epoch()
+    sums = run.begin_epoch(len(loader))
     progress = Progress(
         accelerator,
         f"Epoch: [{run.epoch}]",

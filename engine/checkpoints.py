@@ -25,6 +25,10 @@ from engine.files import whole_or_absent
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
+# How an optimizer computes, which is for this machine to say and not for the checkpoint's.
+KERNELS = ("foreach", "fused", "capturable", "differentiable", "maximize")
+
+
 class Checkpoint(dict[str, Any]):
     """What a file holds; empty for a run that starts anew.
 
@@ -75,7 +79,9 @@ class Checkpoint(dict[str, Any]):
                 )
             if have.is_floating_point() != want.is_floating_point():
                 raise self.error(f"{name} is {have.dtype} instead of {want.dtype}")
-        model.load_state_dict(state)
+        # In the model's own dict, since some modules keep their version there.
+        own.update(state)
+        model.load_state_dict(own)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Load the optimizer's state, if there is one.
@@ -86,15 +92,21 @@ class Checkpoint(dict[str, Any]):
         state = self.value("optimizer", dict)
         if not state:
             return
+        kernels = [{k: g[k] for k in KERNELS if k in g} for g in optimizer.param_groups]
         try:
             optimizer.load_state_dict(state)
             for parameter, values in optimizer.state.items():
                 for name, tensor in values.items():
-                    # `step` is AdamW's count; momentum is None before the first step.
-                    if name != "step" and tensor is not None and tensor.shape != parameter.shape:
+                    if name == "step" or tensor is None:  # AdamW's count; momentum before a step
+                        continue
+                    if tensor.shape != parameter.shape:
                         raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
+                    # Fused kernels want the parameter's memory format.
+                    values[name] = torch.empty_like(parameter.detach()).copy_(tensor)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self.error(f"its optimizer is not one for this model ({error})") from error
+        for group, own in zip(optimizer.param_groups, kernels, strict=True):
+            group.update(own)
 
 
 def save(
@@ -197,10 +209,10 @@ def _to_host(value: Any, copied: dict[object, torch.Tensor]) -> Any:
     """A copy of `value` with its tensors in main memory, pinned for those of a GPU.
 
     Args:
-        copied: tensors that have been copied. Tied weights, which share memory, are copied once.
+        copied: tensors that have been copied. Tied weights share memory: one copy keeps them tied.
     """
     if isinstance(value, torch.Tensor):
-        key = (value.data_ptr(), value.shape, value.stride())
+        key = (value.data_ptr(), value.dtype, value.shape, value.stride())
         if key not in copied:
             copied[key] = value.detach().to("cpu", non_blocking=True, copy=True)
         return copied[key]
@@ -295,15 +307,19 @@ def load(path: Path) -> Checkpoint:
     # DataParallel around `features` alone, as the original wraps AlexNet and VGG.
     state = {name.replace("features.module.", "features."): t for name, t in state.items()}
     checkpoint.update(content, state_dict=state)
-    if torch.is_tensor(checkpoint.get("best_acc1")):  # as the original has it
-        checkpoint["best_acc1"] = checkpoint["best_acc1"].item()
+    best = checkpoint.get("best_acc1")
+    if torch.is_tensor(best) and best.numel() == 1:  # as the original has it
+        checkpoint["best_acc1"] = best.item()
     return checkpoint
 
 
 def _is_weight(name: object, tensor: object) -> bool:
     if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
         return False
-    return tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    # An expanded tensor has more values than its file.
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _verify_archive(path: Path) -> None:

@@ -50,7 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
         Args:
             found: the settings that the checkpoint at `path` holds; None is no value.
             say: prints a line, for a flag that differs from the checkpoint.
-            fixed: settings that the checkpoint's weights decide, against a flag as well.
+            fixed: settings that the checkpoint decides even when a flag says otherwise.
 
         Raises:
             UserError: a value in the checkpoint that its flag would not take.

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 
 Step = Callable[..., tuple[torch.Tensor, ...]]
 
-# Calls with inputs of some shapes that run as they are before the next one is captured. In them
-# cuDNN chooses its algorithms, and the optimizer makes its state.
+# Eager calls for each shape of the inputs before its capture. During them cuDNN chooses its
+# algorithms and the optimizer creates its state.
 WARM_UP = 3
 
 
@@ -27,10 +27,10 @@ def uses_graphs(accelerator: Accelerator, compiled: bool) -> bool:
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Have SGD update all weights in one kernel that reads its learning rate on the device.
 
-    A number would be part of the graph, and stay what it was at the capture.
+    A Python number would be baked into the graph at its capture.
     """
     for group in optimizer.param_groups:
-        group.update(fused=True, lr=torch.tensor(float(group["lr"]), device=device))
+        group.update(fused=True, foreach=False, lr=torch.tensor(float(group["lr"]), device=device))
 
 
 class _Captured(NamedTuple):
@@ -42,8 +42,8 @@ class _Captured(NamedTuple):
 class GraphedStep:
     """Calls `step`; from the fourth call with inputs of the same shapes on it replays a graph.
 
-    Results are those of `step` to the bit, random numbers those of the generator's seed at the
-    call. An output is valid until the next call.
+    Results are those of `step` to the bit. A replay draws from the generator's current seed. An
+    output is valid until the next call.
 
     Args:
         step: takes tensors on the GPU and numbers, returns tensors, and never waits for the GPU.

@@ -14,8 +14,8 @@ from engine.cli import UserError
 
 def diverged(epoch: int, step: int) -> UserError:
     return UserError(
-        f"the loss is not finite in epoch {epoch} at step {step}: lower --lr; checkpoints are "
-        "from before"
+        f"the loss is not finite in epoch {epoch} at step {step}: lower --lr; the last "
+        "checkpoint is from before"
     )
 
 

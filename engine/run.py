@@ -39,13 +39,14 @@ class Run:
     best: Path  # where the best epoch is kept as well
     log_dir: Path  # of TensorBoard
     values: dict[str, Any]  # what only the job keeps: plain values, under its checkpoint's keys
-    width: int  # of `sums`
-    average: bool = False  # likewise
+    width: int  # number of sums
+    average: bool = False  # see `Sums`
     first_epoch: int = 0  # how the job numbers its first epoch, in lines and curves
     checkpoint_every: int = 0  # steps within an epoch; 0 for its end only
     epoch: int = 0  # epochs that are done, and so the number, from 0, of the one under way
     step: int = 0  # steps that are done in it
     sums: Sums | None = None  # of the epoch under way
+    graphed: bool = False  # whether its steps are replayed as CUDA graphs
     stopped: Stopped | None = None  # what ended the training before its last epoch
     resumed: Path | None = None  # the checkpoint that the run goes on from
     carried: list[list[float]] | None = None  # sums of its unfinished epoch
@@ -78,14 +79,14 @@ class Run:
         for name in ("epoch", "step"):
             number = checkpoint.value(name, int)
             setattr(self, name, getattr(self, name) if number is None else number)
-        if self.epoch < 0 or not 0 <= self.step <= steps:
-            raise checkpoint.error(f"epoch {self.epoch}, step {self.step} of {steps}: damaged")
         for name, value in batches.items() if self.step else ():
             if checkpoint.get(name) != value:
                 raise checkpoint.error(
                     f"lies within an epoch of {name} {checkpoint.get(name)}, and this run has "
                     f"{value}: resume it as it was, or from the end of an epoch"
                 )
+        if self.epoch < 0 or not 0 <= self.step <= steps:
+            raise checkpoint.error(f"epoch {self.epoch}, step {self.step} of {steps}: damaged")
         self.carried = checkpoint.sums(self.width)
         checkpoint.load_optimizer(optimizer)
         self.resumed = checkpoint.path
@@ -120,10 +121,14 @@ class Run:
         finally:
             self.writer = None
 
-    def epochs(self, count: int) -> Iterator[int]:
-        """The epochs that are left of `count`; each ends with `end_of_epoch`."""
+    def is_done(self, count: int) -> bool:
+        """Whether no epoch is left of `count`, which is said."""
         if self.epoch >= count:
             self.accelerator.print(f"=> {self.epoch} epochs are done: raise --epochs to go on")
+        return self.epoch >= count
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """The epochs that are left of `count`; each ends with `end_of_epoch`."""
         while self.epoch < count:
             yield self.epoch
 
@@ -134,8 +139,9 @@ class Run:
             else:
                 group["lr"] = lr
 
-    def begin_epoch(self) -> Sums:
-        """The sums of the epoch: empty, or as they were where the epoch is taken up."""
+    def begin_epoch(self, steps: int) -> Sums:
+        """The sums of an epoch of `steps`: empty, or as they were where the epoch is taken up."""
+        self.steps = steps
         self.sums = Sums(self.accelerator, self.width, self.average, self.number, self.carried)
         self.carried = None
         return self.sums
@@ -143,7 +149,8 @@ class Run:
     def end_of_step(self, step: int) -> None:
         """Count `step` as done, save if that is due, and stop if a signal came."""
         self.step = step + 1
-        if self.checkpoint_every and self.step % self.checkpoint_every == 0:
+        is_due = self.checkpoint_every and self.step % self.checkpoint_every == 0
+        if is_due and self.step < self.steps:  # the epoch's end has a checkpoint of its own
             self.save()
         self.check()
 
@@ -152,7 +159,7 @@ class Run:
 
         Raises:
             Stopped: when a signal came to any of them, in training once a checkpoint is on the
-                disk. What a command still does after that is not stopped once more.
+                disk. After that `check` does nothing, so that a command can test its best model.
         """
         if self.writer is not None:
             self.writer.check()
@@ -186,7 +193,7 @@ class Run:
     def _refuse_overflow(self) -> None:
         """Raise `UserError` before weights are saved that are not finite.
 
-        A step whose update overflows has itself still a finite loss.
+        If an update overflows, the loss of that same step is still finite.
         """
         if self.sums is not None:
             self.sums.read()

@@ -234,7 +234,7 @@ def load_dataset(name: str, image_size: int, seed: int, workers: int, download: 
 def move_to_gpu(data: ImageData, device: torch.device) -> tuple[ImageData, str]:
     """`data` with its decoded images on a GPU, where half of the free memory there is enough.
 
-    Returns a phrase, too, that says where the images are.
+    Also returns where the images are, as a phrase for the log.
     """
     train, val = data.train, data.val
     if isinstance(train, ImageFiles) or isinstance(val, ImageFiles):

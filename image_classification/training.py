@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from engine.checkpoints import Checkpoint
 from engine.cli import ArgumentParser, UserError
 from engine.graphs import make_capturable, uses_graphs
+from engine.launch import check_compiler
 from engine.run import Run
 from engine.seeds import agree_on_seed
 from image_classification.checkpoint import (
@@ -69,7 +70,7 @@ def settle(
     if checkpoint:
         spec = read_spec(checkpoint, args.arch, args.stem)
         found = read_settings(checkpoint, SETTINGS)
-        found |= {"arch": spec.arch, "stem": spec.stem, "image_size": spec.image_size}
+        found |= {"arch": spec.arch, "stem": spec.stem}
     asked_stem = args.stem
     parser.settle(args, found, args.resume, accelerator.print, fixed=MODEL_SETTINGS)
     if not has_stem(args.arch):
@@ -97,7 +98,9 @@ def find_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
         return dummy_dataset(args.image_size)
     with accelerator.local_main_process_first():  # a node's first process downloads and decodes
         data = load_dataset(args.data, args.image_size, args.seed, args.workers, args.download)
-    data, where = move_to_gpu(data, accelerator.device)
+    # An evaluation reads every image once.
+    device = torch.device("cpu") if args.evaluate else accelerator.device
+    data, where = move_to_gpu(data, device)
     accelerator.print(
         f"=> {data.root}: {len(data.train)} training and {len(data.val)} "
         f"validation images of {len(data.classes)} classes, {where}"
@@ -127,6 +130,7 @@ def set_up(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(memory_format=torch.channels_last)
     if args.compile:
+        check_compiler()
         # For each shape once, the last, smaller batches too: all of it in the first epoch.
         model.compile(dynamic=False)
     optimizer = torch.optim.SGD(
@@ -150,7 +154,8 @@ def set_up(
         run.values["best_acc1"] = -1.0 if best is None else best
         for group in optimizer.param_groups:
             group.update(momentum=args.momentum, weight_decay=args.weight_decay)
-    if uses_graphs(accelerator, args.compile):
+    run.graphed = uses_graphs(accelerator, args.compile)
+    if run.graphed:
         make_capturable(optimizer, accelerator.device)
     return *run.prepare(model, optimizer), train_loader, val_loader
 

@@ -95,14 +95,11 @@ def test_every_flipped_bit_and_every_cut_is_found_or_harmless(tmp_path: Path) ->
 
 def test_what_unfolds_into_more_than_its_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
-    for tensor in (torch.empty(10**6, 10**6, device="meta"), torch.eye(3).to_sparse()):
+    expanded = torch.zeros(1).expand(10**9)
+    for tensor in (torch.empty(10**6, 10**6, device="meta"), torch.eye(3).to_sparse(), expanded):
         torch.save({"state_dict": {"a": tensor}}, path)
         with pytest.raises(UserError, match="no state_dict of named tensors"):
             checkpoints.load(path)
-    torch.save({"state_dict": {"weight": torch.zeros(1).expand(10**9)}}, path)
-    loaded = checkpoints.load(path)  # takes no memory, and fits no model
-    with pytest.raises(UserError, match=r"weight has shape \(1000000000,\) instead of \(1, 2\)"):
-        loaded.load_state(torch.nn.Linear(2, 1), loaded["state_dict"], "a line")
     checkpoints.save({"state_dict": {"a": torch.zeros(10**6)}}, path)
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}

@@ -188,7 +188,7 @@ def test_a_step_never_waits_for_the_gpu(compiled: bool, tmp_path: Path) -> None:
     model, optimizer, loader, _ = training.set_up(run, data, args, Checkpoint())
     model.train()
     step = resnet_main.training_step(run, model, optimizer, args)
-    sums = run.begin_epoch()
+    sums = run.begin_epoch(len(loader))
 
     def take(batch: Any, number: int) -> None:
         assert batch.soft_targets is not None

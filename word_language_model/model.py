@@ -23,6 +23,9 @@ DEFAULT_NHEAD = 2
 MAX_POSITIONS = 5000
 INIT_RANGE = 0.1
 
+# One layer of several is not the chunk of weights that cuDNN would like best; it is copied.
+warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous")
+
 # What a model remembers between segments, each [nlayers, columns, nhid]: (h,) for RNNs and GRU,
 # (h, c) for LSTM, () for the Transformer.
 Hidden = tuple[torch.Tensor, ...]

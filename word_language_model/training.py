@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
-from engine import graphs
 from engine.checkpoints import Checkpoint
 from engine.cli import ArgumentParser, UserError
+from engine.graphs import make_capturable, uses_graphs
+from engine.launch import check_compiler
 from engine.run import Run
 from word_language_model.checkpoint import load, load_weights, read_spec
 from word_language_model.data import segment_count
@@ -60,7 +61,7 @@ def settle(
     parser.settle(args, found, args.resume, accelerator.print, fixed=MODEL_SETTINGS)
     if args.dry_run:
         args.epochs = 1
-    if args.batch_size % accelerator.num_processes:
+    if args.batch_size % accelerator.num_processes and not args.evaluate:
         raise UserError(
             f"--batch-size {args.batch_size} is for all processes together and cannot be divided "
             f"by {accelerator.num_processes}: use a multiple"
@@ -69,11 +70,6 @@ def settle(
     spec = ModelSpec(words=0, **sizes)
     check_spec(spec, args.bptt)
     return spec
-
-
-def uses_graphs(args: argparse.Namespace, accelerator: Accelerator) -> bool:
-    """Whether CUDA graphs stand for --compile; AdamW counts its steps outside of them."""
-    return graphs.uses_graphs(accelerator, args.compile) and not args.use_optimizer
 
 
 def set_up(
@@ -103,10 +99,13 @@ def set_up(
         steps = segment_count(text, args.bptt)
         run.resume(checkpoint, optimizer, steps, batches)
         resume_values(run, checkpoint, model, columns, args.batch_size)
-    if args.compile and not uses_graphs(args, accelerator):
+    # Not with AdamW, whose step count is on the CPU.
+    run.graphed = uses_graphs(accelerator, args.compile and not args.use_optimizer)
+    if run.graphed:
+        make_capturable(optimizer, accelerator.device)
+    elif args.compile:
+        check_compiler()
         model.compile()
-    if uses_graphs(args, accelerator):
-        graphs.make_capturable(optimizer, accelerator.device)
     return *run.prepare(model, optimizer), text[:, columns].contiguous().to(accelerator.device)
 
 
@@ -114,7 +113,10 @@ def resume_values(
     run: Run, checkpoint: Checkpoint, model: LanguageModel, columns: slice, batch_size: int
 ) -> None:
     """Take up annealing, best loss and, within an epoch, the hidden state of `columns`."""
-    run.values["annealed"] = checkpoint.value("annealed", int) or 0
+    annealed = checkpoint.value("annealed", int) or 0
+    if annealed < 0:
+        raise checkpoint.error(f"annealed is {annealed}: damaged")
+    run.values["annealed"] = annealed
     run.values["best_val_loss"] = checkpoint.value("best_val_loss", float)
     if not run.step:
         return
