@@ -1,4 +1,4 @@
-"""The house of DESIGN.md: arrows between modules run down only, and nothing grows too long."""
+"""The house: arrows between modules run down only, and nothing grows too long."""
 
 import ast
 from collections.abc import Iterator

@@ -111,13 +111,12 @@ class RecurrentModel(LanguageModel):
         # torch warns when a single layer is given dropout "between" layers.
         between = dropout if spec.nlayers > 1 else 0.0
         self.rnn = kind(spec.emsize, spec.nhid, spec.nlayers, dropout=between, **options)
-        self.between = Dropout(between)  # on a GPU
         self.decoder = nn.Linear(spec.nhid, spec.words)
         self.init_decoder(self.encoder, spec.tied)
 
     def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
         embedded = self.drop(self.encoder(tokens))
-        if embedded.is_cuda and self.training and self.rnn.dropout > 0:
+        if embedded.is_cuda and self.training and self.rnn.num_layers > 1:
             output, hidden = self._layer_by_layer(embedded, hidden)
         elif isinstance(self.rnn, nn.LSTM):
             output, hidden = self.rnn(embedded, hidden)
@@ -127,14 +126,14 @@ class RecurrentModel(LanguageModel):
         return self.drop(output), hidden
 
     def _layer_by_layer(self, x: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
-        """The RNN with torch's dropout between its layers.
+        """The RNN with this module's dropout between its layers, for training on a GPU.
 
-        cuDNN's own carries its random state from step to step, whatever the seed of a step.
+        cuDNN's own dropout carries its random state from step to step, whatever a step's seed.
         """
         layer_of = getattr(torch, self.rnn.mode.lower())
         after = []
         for layer in range(self.rnn.num_layers):
-            x = self.between(x) if layer else x
+            x = self.drop(x) if layer else x
             before = tuple(h[layer : layer + 1] for h in hidden)
             weights = self.rnn._flat_weights[4 * layer : 4 * layer + 4]
             state = before if isinstance(self.rnn, nn.LSTM) else before[0]
