@@ -183,7 +183,7 @@ def other_peoples(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "mnasnet0_5"])
+@pytest.mark.parametrize("arch", ["resnet18", "squeezenet1_1", "mnasnet0_5"])
 def test_other_peoples_files_give_the_models_own_outputs(arch: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = models.get_model(arch, num_classes=7).train()
