@@ -96,7 +96,7 @@ def make_parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse(argv)
-    accelerator = build_accelerator()
+    accelerator = build_accelerator(broadcast_buffers=False)  # sines, which never change
     keep_freed_memory(2**30)  # the logits are the largest
     use_deterministic_kernels(True)
     run = make_run(accelerator, args)

@@ -53,7 +53,7 @@ def kit(
     Args:
         columns: of all processes.
     """
-    accelerator = build_accelerator()
+    accelerator = build_accelerator(broadcast_buffers=False)
     keep_freed_memory(2**30)
     use_deterministic_kernels(True)
     flags = ["--model", model, "--batch-size", str(columns), "--bptt", str(bptt)]

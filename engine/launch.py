@@ -28,7 +28,7 @@ class _Accelerator(Accelerator):  # type: ignore[misc]  # untyped
             print(*args, **kwargs)
 
 
-def build_accelerator(deterministic: bool = True) -> Accelerator:
+def build_accelerator(deterministic: bool = True, broadcast_buffers: bool = True) -> Accelerator:
     """Build the Accelerator that runs exactly what was asked for, or raise `UserError`.
 
     Accelerate itself starts fewer processes than a YAML names (`MULTI_CPU`), or starts them
@@ -37,6 +37,8 @@ def build_accelerator(deterministic: bool = True) -> Accelerator:
     Args:
         deterministic: whether a resumed run on several GPUs has to sum gradients in the order
             of an undisturbed one. On a CPU it always does.
+        broadcast_buffers: whether buffers change in training, and so have to be the same on all
+            processes before each step.
     """
     # Huge pages for large tensors: a third of a language model's step was page faults. Torch
     # reads this at its first allocation.
@@ -71,7 +73,9 @@ def build_accelerator(deterministic: bool = True) -> Accelerator:
             InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2)),
             # Otherwise DistributedDataParallel re-orders its buckets after a process's first
             # step, and its sums with them, so that a resumed run would end with other bits.
-            DistributedDataParallelKwargs(find_unused_parameters=cpu or deterministic),
+            DistributedDataParallelKwargs(
+                find_unused_parameters=cpu or deterministic, broadcast_buffers=broadcast_buffers
+            ),
         ],
     )
     if accelerator.num_processes != asked:
