@@ -214,7 +214,7 @@ def _to_host(value: Any, copied: dict[object, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         key = (value.data_ptr(), value.dtype, value.shape, value.stride())
         if key not in copied:
-            copied[key] = value.detach().to("cpu", non_blocking=True, copy=True)
+            copied[key] = value.detach().to("cpu", non_blocking=value.is_cuda, copy=True)
         return copied[key]
     if isinstance(value, Mapping):
         return {name: _to_host(item, copied) for name, item in value.items()}

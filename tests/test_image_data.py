@@ -17,7 +17,8 @@ from engine.cli import UserError
 from image_classification import data as image_data
 from image_classification import sources as image_sources
 from image_classification.cache import BadImageError, decoded_images, refuse_bad_images, small_side
-from image_classification.data import ImageLoader, find_images
+from image_classification.data import ImageLoader
+from image_classification.folders import find_images
 
 
 def load(root: Path, size: int = 32) -> image_data.ImageData:
