@@ -67,6 +67,8 @@ def make_parser() -> cli.ArgumentParser:
         help="columns of text, over all processes together")
     add("--bptt", type=cli.positive_int, default=35, help="words of a column in a step")
     add("--dropout", type=cli.fraction, default=0.2, help="applied to layers; 0: none")
+    add("--layer-dropout", type=cli.fraction, default=0.1,
+        help="within the Transformer's layers, which --dropout does not reach")
     add("--tied", action="store_true", help="the word embedding is the decoder's weight as well")
     add("--seed", type=cli.non_negative_int, default=1111, help="random seed")
     add("--log-interval", type=cli.positive_int, default=200, metavar="N",
@@ -132,9 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         fit(run, model, optimizer, train, valid, corpus.vocabulary, args)
         take_best(run, accelerator.unwrap_model(model))
         loss = evaluate(run, model, test, args)
-        accelerator.print("=" * RULE)
-        accelerator.print(f"| End of training | {summary('test', loss)}")
-        accelerator.print("=" * RULE)
+        rule = "=" * RULE
+        accelerator.print(f"{rule}\n| End of training | {summary('test', loss)}\n{rule}")
     if args.onnx_export and accelerator.is_main_process:
         export_onnx(accelerator.unwrap_model(model).cpu(), args.onnx_export, args.bptt)
         print(f"The model is also exported in ONNX format at {args.onnx_export.resolve()}.")
@@ -190,6 +191,7 @@ def fit(
         }
 
     train_step = training_step(run, model, optimizer, args)
+    rule = "-" * RULE
     try:
         with run.training(contents):
             for _ in run.epochs(args.epochs):
@@ -200,12 +202,10 @@ def fit(
                 run.set_learning_rate(rate)
                 train_loss = train_epoch(run, model, train_step, train, args)
                 val_loss = evaluate(run, model, valid, args)
-                accelerator.print("-" * RULE)
                 accelerator.print(
-                    f"| end of epoch {run.number:3d} | time: {time.time() - started:5.2f}s | "
-                    f"{summary('valid', val_loss)}"
+                    f"{rule}\n| end of epoch {run.number:3d} | time: "
+                    f"{time.time() - started:5.2f}s | {summary('valid', val_loss)}\n{rule}"
                 )
-                accelerator.print("-" * RULE)
                 best = state["best_val_loss"]
                 is_best = not best or val_loss < best
                 if is_best:
@@ -225,8 +225,7 @@ def fit(
     except Stopped as stopped:
         if stopped.signum != signal.SIGINT:
             raise
-        accelerator.print("-" * RULE)
-        accelerator.print("Exiting from training early")
+        accelerator.print(f"{rule}\nExiting from training early")
 
 
 def annealed_rate(run: Run, args: argparse.Namespace) -> float:

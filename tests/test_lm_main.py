@@ -19,6 +19,7 @@ from word_language_model import data as lm_data
 from word_language_model import model as lm_model
 
 TINY = ("--emsize", 8, "--nhid", 8, "--batch_size", 4, "--bptt", 5)
+NO_DROPOUT = ("--dropout", 0, "--layer-dropout", 0)
 EPOCH = re.compile(
     r"^-{89}\n\| end of epoch +(\d+) \| time: +\d+\.\d\ds \| valid loss +(\d+\.\d\d) \| "
     r"valid ppl +(\d+\.\d\d)\n-{89}$",
@@ -84,7 +85,8 @@ def test_the_checkpoint_is_plain_data_and_rebuilds_the_model(trained: tuple[Path
     folder, result = trained
     best, latest = load(folder / "model.pt"), load(folder / "model.checkpoint.pt")
     sizes = {"model": "LSTM", "emsize": 8, "nhid": 8, "nlayers": 2, "nhead": 2, "tied": False}
-    settings = {"dropout": 0.2, "bptt": 5, "batch_size": 4, "lr": 20.0, "clip": 0.25, "seed": 1111}
+    settings = {"dropout": 0.2, "layer_dropout": 0.1, "bptt": 5, "batch_size": 4}
+    settings |= {"lr": 20.0, "clip": 0.25, "seed": 1111}
     for content in (best, latest):
         assert {key: content[key] for key in sizes | settings} == sizes | settings
         assert content["vocabulary"] == lm_data.load_corpus(str(folder / "set")).vocabulary
@@ -164,7 +166,7 @@ def test_a_run_without_dropout_follows_the_originals_rules(model: str, tmp_path:
     corpus = lm_data.load_corpus(str(tmp_path / "set"))
     lr, epochs = (5, 2) if model in ("Transformer", "RNN_RELU") else (20, 6)
     weights, losses, anneals = follow_the_original(model, corpus, epochs, lr)
-    flags = ("--model", model, "--data", "set", *TINY, "--dropout", 0, "--lr", lr)
+    flags = ("--model", model, "--data", "set", *TINY, *NO_DROPOUT, "--lr", lr)
     result = run("lm_main.py", *flags, "--epochs", epochs, cwd=tmp_path)
     assert result.code == 0, result
     state = load(tmp_path / "model.checkpoint.pt")
@@ -196,7 +198,7 @@ def test_adamw_keeps_its_rate(tmp_path: Path) -> None:
 
 def test_four_processes_lose_what_one_does(tmp_path: Path) -> None:
     make_corpus(tmp_path / "set")
-    flags: list[object] = ["--data", "set", *TINY, "--dropout", 0, "--epochs", 2, "--save"]
+    flags: list[object] = ["--data", "set", *TINY, *NO_DROPOUT, "--epochs", 2, "--save"]
     for name, more in (("rnn.pt", ()), ("transformer.pt", ("--model", "Transformer", "--lr", 5))):
         assert run("lm_main.py", *flags, name, *more, cwd=tmp_path).code == 0
     four = launch("cpu4.yaml", "lm_main.py", *flags, "four.pt", cwd=tmp_path)

@@ -138,11 +138,13 @@ def test_positions_are_sines_and_cosines() -> None:
 
 def test_dropout_reaches_every_layer() -> None:
     for name in MODELS:
-        model = build_model(spec(name), dropout=0.37)
-        rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
-        rates |= {m.dropout for m in model.modules() if isinstance(m, nn.RNNBase)}
-        rates |= {m.dropout for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-        assert rates == {0.37}, name
+        model = build_model(spec(name), dropout=0.37, layer_dropout=0.11)
+        rates = {n: m.p for n, m in model.named_modules() if isinstance(m, nn.Dropout)}
+        for n, m in model.named_modules():
+            if isinstance(m, (nn.RNNBase, nn.MultiheadAttention)):
+                rates[n] = m.dropout
+        for n, rate in rates.items():
+            assert rate == (0.11 if n.startswith("encoder.layers.") else 0.37), (name, n)
 
 
 def test_sizes_that_do_not_go_together_are_refused() -> None:

@@ -35,6 +35,8 @@ def test_a_language_models(algorithm: str, tmp_path: Path) -> None:
     adam = algorithm == "AdamW"
     flags: list[object] = ["--data", "set", "--emsize", 8, "--nhid", 8, "--batch-size", 4]
     flags += ["--bptt", 5, "--lr", 0.1 if adam else 10, "--clip", 0.5, "--dropout", 0.3]
+    # A flag of its own today; then --dropout reached the Transformer's layers as well.
+    flags += ["--model", "LSTM" if adam else "Transformer", "--layer-dropout", 0.3]
     flags += ["--seed", 7, "--epochs", 2, "--checkpoint-every", 7, *["--use-optimizer"] * adam]
     assert run("lm_main.py", *flags, "--save", "whole.pt", cwd=tmp_path).code == 0
     probe = ("kill", "lm_main.py", 1, 14, *flags)

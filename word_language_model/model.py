@@ -171,11 +171,10 @@ class PositionalEncoding(nn.Module):
 class TransformerModel(LanguageModel):
     """Embedding times √emsize, positions, causal encoder layers, decoder.
 
-    `dropout` reaches the layers as well as the positions; in the original the layers keep 0.1
-    whatever is asked.
+    The layers have a dropout of their own, as in the original, where it is always 0.1.
     """
 
-    def __init__(self, spec: ModelSpec, dropout: float) -> None:
+    def __init__(self, spec: ModelSpec, dropout: float, layer_dropout: float) -> None:
         super().__init__()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about nested tensors, which nothing here uses
@@ -186,10 +185,11 @@ class TransformerModel(LanguageModel):
                 spec.nhead,
                 num_encoder_layers=spec.nlayers,
                 dim_feedforward=spec.nhid,
-                dropout=dropout,
+                dropout=layer_dropout,
             ).encoder
         for layer in self.encoder.layers:
-            layer.dropout, layer.dropout1, layer.dropout2 = (Dropout(dropout) for _ in range(3))
+            for name in ("dropout", "dropout1", "dropout2"):
+                setattr(layer, name, Dropout(layer_dropout))
         self.pos_encoder = PositionalEncoding(spec.emsize, dropout)
         embedding = nn.Embedding(spec.words, spec.emsize)
         self.decoder = nn.Linear(spec.emsize, spec.words)
@@ -221,6 +221,12 @@ class TransformerModel(LanguageModel):
         return self.encoder.norm(last)[0], hidden
 
 
-def build_model(spec: ModelSpec, dropout: float) -> LanguageModel:
-    """A model with weights drawn from torch's generator, float32, on the CPU."""
-    return (RecurrentModel if spec.model in RECURRENT else TransformerModel)(spec, dropout)
+def build_model(spec: ModelSpec, dropout: float, layer_dropout: float = 0.0) -> LanguageModel:
+    """A model with weights drawn from torch's generator, float32, on the CPU.
+
+    Args:
+        layer_dropout: within the Transformer's layers.
+    """
+    if spec.model in RECURRENT:
+        return RecurrentModel(spec, dropout)
+    return TransformerModel(spec, dropout, layer_dropout)

@@ -22,7 +22,10 @@ from word_language_model.model import LanguageModel, ModelSpec, build_model, che
 # What a resumed run takes from its checkpoint unless a flag says otherwise; the weights and the
 # optimizer's state decide MODEL_SETTINGS.
 MODEL_SETTINGS = ("model", "emsize", "nhid", "nlayers", "nhead", "tied", "use_optimizer")
-SETTINGS = (*MODEL_SETTINGS, "epochs", "batch_size", "bptt", "lr", "clip", "dropout", "seed")
+SETTINGS = (
+    *(*MODEL_SETTINGS, "epochs", "batch_size", "bptt", "lr", "clip"),
+    *("dropout", "layer_dropout", "seed"),
+)
 
 
 def make_run(accelerator: Accelerator, args: argparse.Namespace) -> Run:
@@ -58,6 +61,8 @@ def settle(
         found |= read_spec(checkpoint)._asdict()
         if found["use_optimizer"] is None and "algorithm" in checkpoint:  # as it was called once
             found["use_optimizer"] = checkpoint["algorithm"] == "AdamW"
+        if found["layer_dropout"] is None:  # --dropout used to reach the layers as well
+            found["layer_dropout"] = found["dropout"]
     parser.settle(args, found, args.resume, accelerator.print, fixed=MODEL_SETTINGS)
     if args.dry_run:
         args.epochs = 1
@@ -85,7 +90,7 @@ def set_up(
     """
     accelerator = run.accelerator
     torch.manual_seed(args.seed)
-    model = build_model(spec, args.dropout)
+    model = build_model(spec, args.dropout, args.layer_dropout)
     if checkpoint:
         load_weights(model, checkpoint)
     # The original's `p -= lr * grad`, or its AdamW.
