@@ -43,7 +43,7 @@ from word_language_model.data import WIKITEXT, batchify, load_corpus, segment_co
 from word_language_model.export import check_exporter, export_onnx
 from word_language_model.kernels import loss as decoded_loss
 from word_language_model.model import MODELS, LanguageModel
-from word_language_model.training import SETTINGS, make_run, set_up, settle, take_best
+from word_language_model.training import SETTINGS, dry, make_run, set_up, settle, take_best
 
 EVAL_BATCH_SIZE = 10
 RULE = 89  # characters of a line between epochs
@@ -77,7 +77,7 @@ def make_parser() -> cli.ArgumentParser:
         help="the best model; the state of the run is put beside it as STEM.checkpoint.pt")
     add("--onnx-export", type=Path, metavar="PATH", help="also write the best model as ONNX")
     add("--nhead", type=cli.positive_int, default=2, help="attention heads of the Transformer")
-    add("--dry-run", action="store_true", help="one step and one evaluation, to verify the setup")
+    add("--dry-run", action="store_true", help="one step and one evaluation; keeps no file")
     add("--use-optimizer", action="store_true", help="AdamW instead of plain SGD")
     # The original's end here; these are new.
     add("--resume", type=Path, metavar="PATH",
@@ -130,15 +130,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.evaluate:
         for name, text in (("valid", valid), ("test", test)):
             accelerator.print(f"| Evaluation | {summary(name, evaluate(run, model, text, args))}")
-    else:
-        fit(run, model, optimizer, train, valid, corpus.vocabulary, args)
-        take_best(run, accelerator.unwrap_model(model))
-        loss = evaluate(run, model, test, args)
-        rule = "=" * RULE
-        accelerator.print(f"{rule}\n| End of training | {summary('test', loss)}\n{rule}")
-    if args.onnx_export and accelerator.is_main_process:
-        export_onnx(accelerator.unwrap_model(model).cpu(), args.onnx_export, args.bptt)
-        print(f"The model is also exported in ONNX format at {args.onnx_export.resolve()}.")
+    with dry(run, args):
+        if not args.evaluate:
+            fit(run, model, optimizer, train, valid, corpus.vocabulary, args)
+            take_best(run, accelerator.unwrap_model(model))
+            loss = evaluate(run, model, test, args)
+            rule = "=" * RULE
+            accelerator.print(f"{rule}\n| End of training | {summary('test', loss)}\n{rule}")
+        if args.onnx_export and accelerator.is_main_process:
+            export_onnx(accelerator.unwrap_model(model).cpu(), args.onnx_export, args.bptt)
+            print(f"The model is also exported in ONNX format at {args.onnx_export.resolve()}.")
     if run.stopped is not None:
         raise run.stopped
 

@@ -280,18 +280,25 @@ def test_ctrl_c_before_the_first_epochs_end_tests_the_last_weights(tmp_path: Pat
     assert (tmp_path / "model.pt").read_text() == "of another run"
 
 
-def test_a_dry_run_takes_one_step_and_exports(trained: tuple[Path, Result]) -> None:
+def test_a_dry_run_takes_one_step_exports_and_keeps_nothing(trained: tuple[Path, Result]) -> None:
     pytest.importorskip("onnxscript")
     folder, _ = trained
+    (folder / "y.onnx").write_text("of the user")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[:2] != ".s"}
     flags = ("--data", "set", *TINY, "--model", "Transformer", "--tied", "--dry-run")
-    result = run("lm_main.py", *flags, "--save", "dry.pt", "--onnx-export", "y.onnx", cwd=folder)
-    assert result.code == 0, result
-    assert len(EPOCH.findall(result.out)) == 1
-    assert f"exported in ONNX format at {folder / 'y.onnx'}." in result.out
-    assert (folder / "y.onnx").stat().st_size > 1000
-    again = ("--data", "set", "--evaluate", "--save", "dry.pt", "--onnx-export", "x.onnx")
-    assert run("lm_main.py", *again, cwd=folder).code == 0
-    assert (folder / "x.onnx").stat().st_size == (folder / "y.onnx").stat().st_size
+    for save in ("model.pt", "other.pt"):
+        result = run("lm_main.py", *flags, "--save", save, "--onnx-export", "y.onnx", cwd=folder)
+        assert result.code == 0, result
+        assert len(EPOCH.findall(result.out)) == 1
+        assert len(END.findall(result.out)) == 1
+        assert re.search(r"exported in ONNX format at .*/y.onnx\.", result.out)
+        assert "does not hold" not in result.out
+    after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[:2] != ".s"}
+    assert after == before
+    assert run("lm_main.py", *flags, "--log-dir", "/dev/null/x", cwd=folder).code == 2
+    flags = ("--data", "set", "--evaluate", "--onnx-export", "x.onnx")
+    assert run("lm_main.py", *flags, cwd=folder).code == 0
+    assert (folder / "x.onnx").stat().st_size > 1000
 
 
 def test_a_missing_exporter_is_said_before_training(tmp_path: Path) -> None:

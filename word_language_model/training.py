@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +47,23 @@ def make_run(accelerator: Accelerator, args: argparse.Namespace) -> Run:
         first_epoch=1,
         checkpoint_every=args.checkpoint_every,
     )
+
+
+@contextlib.contextmanager
+def dry(run: Run, args: argparse.Namespace) -> Iterator[None]:
+    """With --dry-run all files go to a folder beside --save, which is removed at the end.
+
+    So a disk that is full or read-only shows, and no model of an earlier run is replaced.
+    """
+    if not (args.dry_run and run.accelerator.is_main_process):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=args.save.parent) as folder:
+        run.latest, run.best = Path(folder, run.latest.name), Path(folder, run.best.name)
+        run.log_dir = Path(folder, "logs")
+        args.onnx_export = args.onnx_export and Path(folder, args.onnx_export.name)
+        yield
+    print("=> dry run: its files are removed again")
 
 
 def settle(
