@@ -114,7 +114,7 @@ def refuse_bad_images(root: Path, paths: Sequence[str], workers: int) -> NoRetur
 
     Only decoding every file tells which others are bad.
     """
-    if not any(map(os.path.exists, paths[:: max(1, len(paths) // PROBES)])):
+    if not any(map(os.path.exists, _sample(paths))):
         raise UserError(f"the images of {root} have gone: restore them, and --resume auto goes on")
     for _ in _decode(paths, 0, workers, "looking for bad images"):
         pass
@@ -124,10 +124,10 @@ def refuse_bad_images(root: Path, paths: Sequence[str], workers: int) -> NoRetur
 def small_side(paths: Sequence[str]) -> int | None:
     """The side of the images when they are small squares of one size, else None.
 
-    Reads the headers of a sample of files, evenly spread.
+    Reads the headers of a sample of files.
     """
     sizes = set()
-    for path in paths[:: max(1, len(paths) // PROBES)]:
+    for path in _sample(paths):
         try:
             with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
                 sizes.add(image.size)
@@ -143,23 +143,26 @@ def decoded_images(root: Path, paths: Sequence[str], side: int, workers: int) ->
     """All images as one memory-mapped uint8 tensor [len(paths), 3, side, side].
 
     The first call decodes them into a file in `root`, or in the system's temporary folder when
-    `root` is read-only; later calls only map it. The file's name has a fingerprint of the images'
-    names, sizes and modification times, so that a change of any of them makes a new file.
+    `root` is read-only; later calls only map it. The file's name has a fingerprint of the dataset
+    (see `_fingerprint`), so that a change of any image makes a new file.
 
     Raises:
         UserError: image files that cannot be decoded, all in one message, or a full disk.
     """
-    content = [(os.path.relpath(path, root), *_stamp(path)) for path in paths]
-    fingerprint = hashlib.sha256(repr((side, content)).encode()).hexdigest()[:24]
-    name = f".decoded-{fingerprint}.uint8"
     shape = (len(paths), 3, side, side)
     size = math.prod(shape)
-    beside, temporary = root / name, Path(tempfile.gettempdir()) / name
-    for cache in (beside, temporary):
-        if cache.is_file() and cache.stat().st_size == size:
-            break
-    else:
-        cache = beside if os.access(root, os.W_OK) else temporary
+    dataset = _fingerprint(root, paths, side)
+    cache = beside = root / f".decoded-{dataset}.uint8"
+
+    def is_whole() -> bool:
+        return cache.is_file() and cache.stat().st_size == size
+
+    if not (is_whole() or os.access(root, os.W_OK)):
+        # All datasets share that folder, so the place counts as well.
+        where = root.stat()
+        place = _digest(str(root.resolve()), where.st_dev, where.st_ino)
+        cache = Path(tempfile.gettempdir(), f".decoded-{place}-{dataset}.uint8")
+    if not is_whole():
         print(f"=> decoding {len(paths)} images of {root} into {cache}, once", flush=True)
         with writing(cache) as unfinished, unfinished.open("wb") as output:
             for pixels in _decode(paths, side, workers, "decoding"):
@@ -170,10 +173,28 @@ def decoded_images(root: Path, paths: Sequence[str], side: int, workers: int) ->
     return torch.from_file(str(cache), size=size, dtype=torch.uint8).view(shape)
 
 
-def _stamp(path: str) -> tuple[int, int]:
-    """Size in bytes and modification time in ns."""
+def _digest(*identity: object) -> str:
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
+
+
+def _fingerprint(root: Path, paths: Sequence[str], side: int) -> str:
+    """Of the images' names, sizes and times, and of the content of a sample of them.
+
+    Copies and reproducible archives may set modification times, but nobody can set the time of a
+    file's last change. A read-only image of a file system may have neither: hence the sample.
+    """
+    stamps: list[object] = []
     try:
-        stat = os.stat(path)  # noqa: PTH116
-    except OSError:  # a link to nowhere, which decoding will name
-        return 0, 0
-    return stat.st_size, stat.st_mtime_ns
+        for path in paths:
+            stat = os.stat(path)  # noqa: PTH116
+            times = stat.st_mtime_ns, stat.st_ctime_ns
+            stamps.append((os.path.relpath(path, root), stat.st_size, *times))
+        stamps += [hashlib.sha256(Path(path).read_bytes()).digest() for path in _sample(paths)]
+    except OSError:  # a link to nowhere or no permission, which decoding will name
+        pass
+    return _digest(side, stamps)
+
+
+def _sample(paths: Sequence[str]) -> Sequence[str]:
+    """About PROBES of the files, evenly spread."""
+    return paths[:: max(1, len(paths) // PROBES)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from engine.cli import UserError
 
@@ -29,12 +29,15 @@ def find_images(root: Path) -> ImageFolders:
     """List the images of a dataset in one of three layouts.
 
     - Tiny-ImageNet's own: train/<wnid>/images/*, val/images/* and val/val_annotations.txt
-    - the same with the validation images sorted: val/<wnid>/images/*
+    - the same with the validation images sorted: val/<wnid>/*, or val/images/<wnid>/*
     - plain folders, as the original's: train/<class>/*, val/<class>/*
 
+    A class's images may lie in subfolders, as for torchvision's ImageFolder, whose order this is.
+
     Raises:
-        UserError: a missing folder or file, a class without images, or a validation image whose
-            class is not in train/.
+        UserError: a missing folder or file, a class without images, a validation image whose
+            class is not in train/, or images in several of the places above, of which all but
+            one would be left out.
     """
     try:
         return _find_images(root)
@@ -56,50 +59,79 @@ def _find_images(root: Path) -> ImageFolders:
     positions = {name: i for i, name in enumerate(classes)}
     train = _list_classes(root / "train", positions)
 
-    annotations, flat = root / "val" / "val_annotations.txt", root / "val" / "images"
+    val, images = root / "val", root / "val" / "images"
+    sorted_into = {val: _folders(val)}
+    flat: list[str] = []
+    if "images" not in classes and images.is_dir():
+        sorted_into[val].remove("images")
+        sorted_into[images] = _folders(images)
+        flat = sorted(path.name for path in images.iterdir() if _is_image(path.name))
     # Scripts that sort the validation images often leave an empty val/images behind.
-    if "images" not in classes and flat.is_dir() and any(map(_is_image, flat.iterdir())):
-        if not annotations.is_file():
-            raise UserError(f"{annotations}: missing, and with it the classes of {flat}")
-        return ImageFolders(root, classes, train, _list_annotated(annotations, positions))
-    val_classes = [name for name in _folders(root / "val") if name in positions or name != "images"]
-    if not val_classes:
+    found = [f"class folders in {place}" for place, names in sorted_into.items() if names]
+    found += [f"images in {images}"] if flat else []
+    if len(found) != 1:
         raise UserError(
-            f"dataset {root}: val/ holds neither class folders nor images/ with val_annotations.txt"
+            f"dataset {root}: has {' and '.join(found) or 'no images in val/'}; wanted are class "
+            "folders in val/ or in val/images/, or images there and val/val_annotations.txt"
         )
-    if unknown := [name for name in val_classes if name not in positions]:
+    if flat:
+        return ImageFolders(root, classes, train, _list_annotated(images, flat, positions))
+    place, names = next(item for item in sorted_into.items() if item[1])
+    if unknown := [name for name in names if name not in positions]:
         raise UserError(
-            f"dataset {root}: val/ has {len(unknown)} class(es) that train/ lacks: "
-            f"{', '.join(unknown[:5])}"
+            f"dataset {root}: {place.relative_to(root)}/ has {len(unknown)} class(es) that train/ "
+            f"lacks: {', '.join(unknown[:5])}"
         )
-    val = _list_classes(root / "val", {name: positions[name] for name in val_classes})
-    return ImageFolders(root, classes, train, val)
+    return ImageFolders(
+        root, classes, train, _list_classes(place, {name: positions[name] for name in names})
+    )
 
 
 def _folders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        found = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+    for entry in found:
+        _refuse_broken_link(entry.path)
+    return [entry.name for entry in found if entry.is_dir()]
 
 
-def _is_image(path: str | Path) -> bool:
-    name = Path(path).name
+def _is_image(name: str) -> bool:
     return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
 
+def _refuse_broken_link(path: str) -> None:
+    if not os.path.exists(path):  # noqa: PTH110
+        raise UserError(f"{path}: a link to {os.readlink(path)}, which is missing")  # noqa: PTH115
+
+
 def _list_classes(folder: Path, positions: dict[str, int]) -> Split:
-    samples = make_dataset(folder, positions, is_valid_file=_is_image, allow_empty=True)
-    split = Split([path for path, _ in samples], [target for _, target in samples])
-    found = set(split.targets)
+    split = Split([], [])
     for name, position in positions.items():
-        if position not in found:
+        count = len(split.paths)
+        # Sorted as by torchvision's make_dataset, which leaves out what it cannot read.
+        walk = os.walk(folder / name, onerror=_raise, followlinks=True)
+        for directory, _, names in sorted(walk):
+            for file in sorted(names):
+                path = os.path.join(directory, file)  # noqa: PTH118
+                if _is_image(file):
+                    split.paths.append(path)
+                    split.targets.append(position)
+                elif os.path.islink(path):  # noqa: PTH114
+                    _refuse_broken_link(path)
+        if len(split.paths) == count:
             raise UserError(f"{folder / name}: holds no images ({', '.join(IMG_EXTENSIONS)})")
     return split
 
 
-def _list_annotated(annotations: Path, positions: dict[str, int]) -> Split:
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _list_annotated(images: Path, names: list[str], positions: dict[str, int]) -> Split:
     """Tiny-ImageNet's validation images: a line has file name, wnid and box, separated by tabs."""
-    images = annotations.parent / "images"
-    names = sorted(path.name for path in filter(_is_image, images.iterdir()))
+    annotations = images.parent / "val_annotations.txt"
+    if not annotations.is_file():
+        raise UserError(f"{annotations}: missing, and with it the classes of {images}")
     unlabelled = dict.fromkeys(names)
     targets: dict[str, int] = {}
     for number, line in enumerate(annotations.read_text("utf-8", "replace").splitlines(), 1):

@@ -1,6 +1,8 @@
 """Layouts, the decode cache, and what each process sees of an epoch."""
 
 import hashlib
+import itertools
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +12,15 @@ import pytest
 import torch
 from kit import REAL_DATA, image, make_dataset
 from PIL import Image
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from engine import files
 from engine.cli import UserError
+from image_classification import cache
 from image_classification import data as image_data
 from image_classification import sources as image_sources
-from image_classification.cache import BadImageError, decoded_images, refuse_bad_images, small_side
+from image_classification.cache import BadImageError, refuse_bad_images, small_side
 from image_classification.data import ImageLoader
 from image_classification.folders import find_images
 
@@ -105,11 +109,59 @@ def test_broken_datasets_are_refused(tmp_path: Path) -> None:
     refused(r"val/ has 1 class\(es\) that train/ lacks: dog", plain)
 
 
-def test_an_empty_images_folder_beside_sorted_classes_is_no_class(tmp_path: Path) -> None:
+def test_validation_images_lie_in_one_place(tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "set", "sorted")
-    (root / "val" / "images").mkdir()
+    expected = find_images(root).val.targets
+    images = root / "val" / "images"
+    images.mkdir()  # scripts that sort the images leave it behind, with the annotations
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn00000000\n")
-    assert len(find_images(root).val.paths) == 10
+    assert find_images(root).val.targets == expected
+    stray = images / "val_0.JPEG"
+    shutil.copy(root / "val" / "n00000000" / "images" / "val_0.JPEG", stray)
+    with pytest.raises(UserError, match=f"has class folders in .*/val and images in {images};"):
+        find_images(root)
+    stray.unlink()
+    for name in ("n00000000", "n00000001"):
+        (root / "val" / name).rename(images / name)
+    with pytest.raises(UserError, match=f"class folders in .*/val and class folders in {images};"):
+        find_images(root)
+    (root / "val" / "n00000002").rename(images / "n00000002")
+    assert find_images(root).val.targets == expected
+    shutil.rmtree(images)
+    with pytest.raises(UserError, match="has no images in val/; wanted are class folders"):
+        find_images(root)
+
+
+def test_the_images_of_a_class_are_those_of_imagefolder(tmp_path: Path) -> None:
+    """In subfolders, beside them, behind links; what cannot be read is named."""
+    root = make_dataset(tmp_path / "set", "plain")
+    deep, elsewhere = root / "train" / "n00000000" / "a" / "b", tmp_path / "elsewhere"
+    deep.mkdir(parents=True)
+    (root / "train" / "n00000001" / "images").mkdir()
+    for i, folder in ((3, deep), (5, deep.parent)):
+        (root / "train" / "n00000000" / f"n00000000_{i}.JPEG").rename(folder / f"{i}.PnG")
+    moved = root / "train" / "n00000001" / "images" / "x.jpg"
+    (root / "train" / "n00000001" / "n00000001_4.JPEG").rename(moved)
+    (root / "train" / "n00000002").rename(elsewhere)
+    link = root / "train" / "n00000002"
+    link.symlink_to(elsewhere)
+    for part in ("train", "val"):
+        theirs = ImageFolder(root / part).samples
+        assert [*zip(*getattr(find_images(root), part), strict=True)] == theirs
+
+    def refused(what: Path) -> None:
+        with pytest.raises(UserError, match=f"^{what}: a link to .*, which is missing"):
+            find_images(root)
+
+    elsewhere.rename(tmp_path / "gone")
+    refused(link)
+    link.unlink()
+    (root / "val" / "n00000002").rename(tmp_path / "also gone")
+    (deep / "more").symlink_to("nowhere")
+    refused(deep / "more")
+    (deep / "more").unlink()
+    (root / "val" / "n00000003").symlink_to(elsewhere)
+    refused(root / "val" / "n00000003")
 
 
 def test_bad_images_are_all_named_at_once(tmp_path: Path) -> None:
@@ -149,30 +201,55 @@ def test_the_cache_is_made_once_and_again_when_a_file_changes(
     assert "decoding" in capsys.readouterr().out
     assert not torch.equal(first.images[0], second.images[0])  # type: ignore[union-attr]
     assert torch.equal(first.images[1:], second.images[1:])  # type: ignore[union-attr]
+    # Two files change places, as `cp -p` or `touch -r` would have it: equal sizes and times.
+    paths = [Path(p) for p in first.paths[2:4]]
+    contents = [p.read_bytes().ljust(9000) for p in paths]
+    for _ in range(2):
+        contents.reverse()
+        for path, content in zip(paths, contents, strict=True):
+            path.write_bytes(content)
+            os.utime(path, (0, 0))
+        third = load(root).train
+        assert "decoding" in capsys.readouterr().out
+    assert torch.equal(second.images, third.images)  # type: ignore[union-attr]
     assert len(list(root.glob(".decoded*"))) == 1
     # A cache that was cut is not taken for whole.
-    cache = next(root.glob(".decoded*"))
-    cache.write_bytes(cache.read_bytes()[:-1])
+    pixels = next(root.glob(".decoded*"))
+    pixels.write_bytes(pixels.read_bytes()[:-1])
     load(root)
     assert "decoding" in capsys.readouterr().out
 
 
-def test_a_read_only_dataset_is_cached_in_the_temporary_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_read_only_datasets_share_the_temporary_folder_but_no_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = make_dataset(tmp_path / "set")
+    """As from a reproducible archive: equal names, sizes and modification times."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(
         "image_classification.cache.tempfile.gettempdir", lambda: str(tmp_path / "tmp")
     )
-    monkeypatch.setattr(
-        "image_classification.cache.os.access", lambda *_: False
-    )  # root may write anywhere
-    split = find_images(root).train
+    roots = [tmp_path / name for name in "ab"]
+    for shade, root in enumerate(roots):
+        for part, name in itertools.product(("train", "val"), "xy"):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(100):
+                Image.new("RGB", (8, 8), (200 * shade,) * 3).save(folder / f"{i}.bmp")
+                os.utime(folder / f"{i}.bmp", (0, 0))
+    monkeypatch.setattr("image_classification.cache.os.access", lambda *_: False)  # not root's
     for _ in range(2):
-        assert len(decoded_images(root, split.paths, 64, workers=0)) == 24
-    assert not list(root.glob(".decoded*"))
-    assert len(list((tmp_path / "tmp").iterdir())) == 1
+        for shade, root in enumerate(roots):
+            data = load(root, size=8)
+            assert (data.val.images == 200 * shade).all()  # type: ignore[union-attr]
+    assert capsys.readouterr().out.count("decoding 400 images") == 2
+    assert not list(tmp_path.glob("?/.decoded*"))
+    # Images of a file system, mounted at one place: not even the time of the last change differs.
+    still: Any = SimpleNamespace(
+        stat=lambda path: SimpleNamespace(st_size=9, st_mtime_ns=0, st_ctime_ns=0), path=os.path
+    )
+    monkeypatch.setattr("image_classification.cache.os", still)
+    names = [cache._fingerprint(root, find_images(root).val.paths, 8) for root in roots]
+    assert names[0] != names[1]
 
 
 def test_large_images_go_through_the_originals_transforms(tmp_path: Path) -> None:
