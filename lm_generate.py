@@ -4,9 +4,10 @@
     python lm_generate.py --prompt "The history of the" --temperature 0.8 --top-k 50
 
 pytorch/examples' word_language_model/generate.py with a cost a word that does not grow: an RNN
-carries its hidden state, and the Transformer reads the last words that fit into the window that
-it was trained on (--bptt). It never met a position beyond that one, so a longer context would
-give it nothing that it knows how to use. The checkpoint has the vocabulary; no corpus is needed.
+carries its hidden state, and the Transformer and the CNN read the last words that fit into the
+window that they were trained on (--bptt). The Transformer never met a position beyond that one, so
+a longer context would give it nothing that it knows how to use. The checkpoint has the
+vocabulary; no corpus is needed.
 
 At the default sizes two CPU cores write a word in 2.2 ms, the thousandth as fast as the first.
 """
@@ -70,7 +71,7 @@ class Reader:
 
     Args:
         model: ready to evaluate.
-        window: how many of the last words the Transformer sees; an RNN has its hidden state.
+        window: how many of the last words are read anew for each; an RNN has its hidden state.
     """
 
     def __init__(self, model: LanguageModel, window: int) -> None:

@@ -1,7 +1,7 @@
 """Train and evaluate word language models on WikiText-2, on a CPU, a GPU or several.
 
     accelerate launch --config_file accelerate_configs/gpu4.yaml lm_main.py --epochs 6 --tied
-    python lm_main.py --model Transformer --lr 5             # no launcher
+    python lm_main.py --model Transformer --lr 5             # no launcher; or --model CNN
     python lm_main.py --data sample --epochs 3               # built-in text, no download
     python lm_main.py --evaluate --resume model.pt
 
@@ -42,7 +42,7 @@ from word_language_model.checkpoint import load, refuse_other_words
 from word_language_model.data import WIKITEXT, batchify, load_corpus, segment_count, segments
 from word_language_model.export import check_exporter, export_onnx
 from word_language_model.kernels import loss as decoded_loss
-from word_language_model.model import MODELS, LanguageModel
+from word_language_model.model import DEFAULT_KERNEL_SIZE, MODELS, LanguageModel
 from word_language_model.training import SETTINGS, dry, make_run, set_up, settle, take_best
 
 EVAL_BATCH_SIZE = 10
@@ -77,6 +77,7 @@ def make_parser() -> cli.ArgumentParser:
         help="the best model; the state of the run is put beside it as STEM.checkpoint.pt")
     add("--onnx-export", type=Path, metavar="PATH", help="also write the best model as ONNX")
     add("--nhead", type=cli.positive_int, default=2, help="attention heads of the Transformer")
+    add("--kernel-size", type=cli.positive_int, default=DEFAULT_KERNEL_SIZE, help="of the CNN")
     add("--dry-run", action="store_true", help="one step and one evaluation; keeps no file")
     add("--use-optimizer", action="store_true", help="AdamW instead of plain SGD")
     # The original's end here; these are new.
@@ -179,7 +180,6 @@ def fit(
         f"=> {args.batch_size} columns of {args.bptt} words a step, {train.shape[1]} columns a "
         f"process; best model {run.best}, latest state {run.latest}, curves in {run.log_dir}"
     )
-
     if run.is_done(args.epochs):
         return
 

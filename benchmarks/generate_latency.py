@@ -90,10 +90,11 @@ def main() -> None:
         titles = [f"{model}, {length} words" for length in lengths]
         rows += rounds.measure(titles, "ms a word", contestants, args.rounds)
     notes = [
-        f"reference: the Transformer reads its whole text for every word. Up to {lengths[0]} words "
-        f"all were written, beyond {SAMPLES} on the way to each length, and the time of those "
-        "between interpolated.",
-        f"kit: all words were written; the Transformer reads the last {lm_generate.DEFAULT_BPTT}.",
+        "reference: Transformer and CNN read their whole text for every word. Up to "
+        f"{lengths[0]} words all were written, beyond {SAMPLES} on the way to each length, and "
+        "the time of those between interpolated.",
+        "kit: all words were written; Transformer and CNN read the last "
+        f"{lm_generate.DEFAULT_BPTT}, of which the CNN needs its receptive field.",
         "floor: the decoder's product for one word alone, which reads all of its weights.",
         "MB: peak memory above the imported libraries.",
         ", ".join(f"{name} {value}" for name, value in sizes.items()) + ".",

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from rounds import Round
 from torch import nn
 
-MODELS = ("Transformer", "LSTM")
+MODELS = ("Transformer", "LSTM", "CNN")
 SIZES = {"words": 33278, "emsize": 200, "nhid": 200, "nlayers": 2}  # WikiText-2's, the original's
 NHEAD = 2
+KERNEL_SIZE = 4
 DROPOUT, CLIP, EVAL_COLUMNS = 0.2, 0.25, 10
 MAX_POSITIONS = 5000
-LR = {"Transformer": 5.0, "LSTM": 20.0}
+LR = {"Transformer": 5.0, "LSTM": 20.0, "CNN": 20.0}
 
 
 def zipf(count: int, words: int) -> torch.Tensor:
@@ -88,18 +89,39 @@ class LSTM(nn.Module):
         return F.log_softmax(logits.view(-1, logits.shape[-1]), dim=1), state
 
 
+class CNN(nn.Module):
+    """Log-probabilities [t, columns, words] of tokens [t, columns]; gated convolutions."""
+
+    def __init__(self, words: int, emsize: int, nhid: int, nlayers: int) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(DROPOUT)
+        self.embedding = nn.Embedding(words, emsize)
+        sizes = [emsize, *[nhid] * (nlayers - 1)]
+        self.layers = nn.ModuleList(nn.Conv1d(size, 2 * nhid, KERNEL_SIZE) for size in sizes)
+        self.decoder = nn.Linear(nhid, words)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens).permute(1, 2, 0)
+        for layer in self.layers:
+            gated = F.glu(layer(F.pad(self.drop(x), (KERNEL_SIZE - 1, 0))), dim=1)
+            x = gated + x if gated.shape == x.shape else gated
+        return F.log_softmax(self.decoder(self.drop(x).permute(2, 0, 1)), dim=-1)
+
+
 def language_model(model: str, sizes: dict[str, int]) -> nn.Module:
-    return Transformer(**sizes) if model == "Transformer" else LSTM(**sizes)
+    return {"Transformer": Transformer, "LSTM": LSTM, "CNN": CNN}[model](**sizes)
 
 
 def segment_loss(
     network: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, state: Any
 ) -> tuple[torch.Tensor, Any]:
     """Mean loss of a segment, and an LSTM's state after it."""
-    if isinstance(network, Transformer):
-        output = network(tokens)
-    else:
+    if isinstance(network, LSTM):
         output, state = network(tokens, state and tuple(s.detach() for s in state))
+    else:
+        output = network(tokens)
     return F.nll_loss(output.view(len(targets), -1), targets), state
 
 
@@ -147,21 +169,23 @@ def validation(model: str, sizes: dict[str, int], columns: int, bptt: int, steps
 def generation(model: str, sizes: dict[str, int], lengths: list[int], samples: int) -> Round:
     """Milliseconds a word of texts of `lengths` words.
 
-    The Transformer reads its whole text again for every word, without a mask. It would take
-    minutes to write all: it writes the words up to the first length, and of the others
-    `samples` on the way to each length, between which a word's time is interpolated.
+    The Transformer (without a mask) and the CNN read their whole text again for every word. It
+    would take minutes to write all: they write the words up to the first length, and of the
+    others `samples` on the way to each length, between which a word's time is interpolated.
     """
     device = rounds.device()
     network = language_model(model, sizes).to(device).eval()
     words = zipf(max(lengths), sizes["words"])[:, None].to(device)
     marks = list(range(1, lengths[0] + 1))
     for begin, end in itertools.pairwise(lengths):
-        stride = math.ceil((end - begin) / samples) if model == "Transformer" else 1
+        stride = 1 if model == "LSTM" else math.ceil((end - begin) / samples)
         marks += reversed(range(end, begin, -stride))
 
     def write(text: torch.Tensor, state: Any) -> Any:
         if isinstance(network, Transformer):
             output = network(text, causal=False)[-1]
+        elif isinstance(network, CNN):
+            output = network(text)[-1]
         else:
             output, state = network(text[-1:], state)
         drawn = torch.multinomial(output.squeeze().exp().cpu(), 1)

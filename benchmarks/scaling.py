@@ -35,7 +35,7 @@ from word_language_model import model as lm_model
 
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 IMAGES, COLUMNS, BPTT = 64, 20, 35  # a step, of all processes
-JOBS = ("resnet18", "Transformer", "LSTM")
+JOBS = ("resnet18", *reference_lm.MODELS)
 
 
 def serve(job: str, steps: int) -> None:

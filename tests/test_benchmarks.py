@@ -13,11 +13,11 @@ import pytest
 from kit import KIT, PATIENCE, make_dataset
 
 FLAGS = {
-    "lm_throughput.py": "--model LSTM --only training --precision bf16 --words 50 --emsize 8 "
+    "lm_throughput.py": "--model CNN --only training --precision bf16 --words 50 --emsize 8 "
     "--nhid 8 --steps 2",
     "resnet_throughput.py": "--data images --image-size 32 --stem stock -b 4 --steps 1 "
     "--precision no --only training loading",
-    "generate_latency.py": "--model Transformer --words 50 --emsize 8 --nhid 8 --lengths 3 40",
+    "generate_latency.py": "--model CNN --words 50 --emsize 8 --nhid 8 --lengths 3 40",
 }
 
 
@@ -78,6 +78,6 @@ def test_image_classifiers(reports: Reports) -> None:
 
 def test_generation(reports: Reports) -> None:
     rows = reports["generate_latency.py"]
-    titles = ["Transformer, 3 words", "Transformer, 40 words"]
+    titles = ["CNN, 3 words", "CNN, 40 words"]
     assert [row["title"] for row in rows] == [title for title in titles for _ in range(3)]
     assert [row["name"] for row in rows] == ["reference", "kit", "floor"] * 2

@@ -137,7 +137,7 @@ def test_images_on_the_gpu_are_those_in_memory(train: bool) -> None:
         assert torch.equal(one.targets, other.targets)
 
 
-@pytest.mark.parametrize("model", ["LSTM", "Transformer"])
+@pytest.mark.parametrize("model", ["LSTM", "Transformer", "CNN"])
 def test_a_graph_replays_what_a_step_computes(model: str) -> None:
     """To the bit, with dropout, a hidden state, and a shorter segment at the end."""
     spec = ModelSpec(model, words=50, emsize=16, nhid=16, nlayers=2, nhead=2, tied=False)

@@ -19,7 +19,7 @@ WORDS, BPTT = 40, 5
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with checkpoints of one step: <model>.pt for each of the five."""
+    """A folder with checkpoints of one step: <model>.pt for each of the six."""
     folder = tmp_path_factory.mktemp("models")
     make_corpus(folder / "set")
     size = ("--emsize", 8, "--nhid", 8, "--batch_size", 4, "--bptt", BPTT)
@@ -76,7 +76,7 @@ def test_a_long_text(models: Path) -> None:
 
 @pytest.mark.parametrize("model", lm_model.MODELS)
 def test_reading_word_by_word_equals_one_pass_over_the_context(models: Path, model: str) -> None:
-    """The context of an RNN is all that it read, the Transformer's the last `BPTT` words."""
+    """The context of an RNN is all that it read, the others' the last `BPTT` words."""
     path = models / f"{model}.pt"
     built, _ = lm_checkpoint.restore_model(lm_checkpoint.load(path))
     reader = Reader(built, window=BPTT)

@@ -199,7 +199,12 @@ def test_adamw_keeps_its_rate(tmp_path: Path) -> None:
 def test_four_processes_lose_what_one_does(tmp_path: Path) -> None:
     make_corpus(tmp_path / "set")
     flags: list[object] = ["--data", "set", *TINY, *NO_DROPOUT, "--epochs", 2, "--save"]
-    for name, more in (("rnn.pt", ()), ("transformer.pt", ("--model", "Transformer", "--lr", 5))):
+    models: dict[str, tuple[object, ...]] = {
+        "rnn.pt": (),
+        "transformer.pt": ("--model", "Transformer", "--lr", 5),
+        "cnn.pt": ("--model", "CNN", "--kernel-size", 3),
+    }
+    for name, more in models.items():
         assert run("lm_main.py", *flags, name, *more, cwd=tmp_path).code == 0
     four = launch("cpu4.yaml", "lm_main.py", *flags, "four.pt", cwd=tmp_path)
     assert four.code == 0, four
@@ -210,10 +215,10 @@ def test_four_processes_lose_what_one_does(tmp_path: Path) -> None:
     for tag, points in alone.items():
         assert [v for _, v in together[tag]] == pytest.approx([v for _, v in points], rel=1e-4)
 
-    probe = (KIT / "tests" / "lm_probe.py", "set", "rnn.pt", "transformer.pt")
+    probe = (KIT / "tests" / "lm_probe.py", "set", *models)
     outputs = [launch(f, *probe, cwd=tmp_path, env=PROBE).out for f in ("cpu.yaml", "cpu4.yaml")]
     digits = [re.findall(rf"{n} processes, (\S+: \S+)", o) for n, o in zip("14", outputs)]  # noqa: B905
-    assert len(digits[0]) == 2
+    assert len(digits[0]) == len(models)
     assert digits[0] == digits[1]
 
 
@@ -366,10 +371,11 @@ def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result])
         "image.pt": "image.pt: holds the image model resnet18, not a language model",
         "bare.pt": "names no model and vocabulary",
         "code.pt": "holds a pickled module, which is code",
-        damage(best, "1.pt", model="CNN"): "unknown model 'CNN': damaged",
+        damage(best, "1.pt", model="BERT"): "unknown model 'BERT': damaged",
         damage(best, "2.pt", model=3): "model is a int: damaged",
         damage(best, "3.pt", model="GRU"): "rnn.weight_ih_l0 has shape (32, 8) instead of (24, 8)",
         damage(best, "4.pt", model="Transformer"): "lacks input_emb.weight: not a Transformer",
+        damage(best, "13.pt", model="CNN"): "lacks layers.0.weight: not a CNN",
         damage(best, "5.pt", vocabulary=vocabulary[:-1]): "39 words, 40 embeddings",
         damage(best, "6.pt", vocabulary=list(range(40))): "its vocabulary is no list of words",
         damage(best, "7.pt", bptt=0): "bptt is 0: damaged",
@@ -399,7 +405,7 @@ def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result])
         ("--model", "Transformer", "--nhead", 3): "--emsize 200 cannot be divided by --nhead 3",
         ("--model", "Transformer", "--emsize", 9, "--nhead", 3): "--emsize 9 is odd",
         ("--model", "Transformer", "--bptt", 5001): "has 5000 positions",
-        ("--model", "CNN"): "invalid choice: 'CNN'",
+        ("--model", "BERT"): "invalid choice: 'BERT'",
         ("--dropout", 1): "must be from 0 to below 1, not 1",
         ("--batch_size", 0): "must be at least 1, not 0",
         ("--lr", "nan"): "must be a number from 0 on",

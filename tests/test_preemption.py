@@ -45,11 +45,7 @@ def same_bits(one: Path, other: Path, checkpoint: str, logs: str) -> None:
 
 @pytest.mark.parametrize(
     ("job", "signum", "env"),
-    [
-        ("resnet", signal.SIGUSR1, BF16),
-        ("RNN_TANH", signal.SIGTERM, {}),
-        ("GRU", signal.SIGINT, BF16),
-    ],
+    [("resnet", signal.SIGUSR1, BF16), ("CNN", signal.SIGTERM, {}), ("GRU", signal.SIGINT, BF16)],
 )
 def test_a_signal_stops_and_the_same_command_resumes_to_the_same_bits(
     job: str, signum: int, env: dict[str, str], tmp_path: Path

@@ -21,8 +21,8 @@ IMAGES = {
 }
 WORDS = {
     **{"model": "GRU", "emsize": 8, "nhid": 8, "nlayers": 1, "nhead": 1, "tied": True},
-    **{"use_optimizer": True, "epochs": 2, "batch_size": 4, "bptt": 5, "lr": 0.05, "clip": 0.5},
-    **{"dropout": 0.3, "layer_dropout": 0.2, "seed": 7},
+    **{"kernel_size": 3, "use_optimizer": True, "epochs": 2, "batch_size": 4, "bptt": 5},
+    **{"lr": 0.05, "clip": 0.5, "dropout": 0.3, "layer_dropout": 0.2, "seed": 7},
 }
 
 

@@ -11,9 +11,9 @@ from engine import checkpoints
 from engine.checkpoints import Checkpoint
 from engine.cli import UserError
 from word_language_model.model import (
+    DEFAULT_KERNEL_SIZE,
     DEFAULT_NHEAD,
     MODELS,
-    RECURRENT,
     LanguageModel,
     ModelSpec,
     build_model,
@@ -69,14 +69,17 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     if kind not in MODELS:
         raise checkpoint.error(f"unknown model {kind!r}: damaged")
     state = checkpoint["state_dict"]
-    if kind in RECURRENT:
-        embedding, inner, layer = "encoder.weight", "rnn.weight_hh_l0", "rnn.weight_hh_l"
-    else:
-        embedding, layer = "input_emb.weight", ".linear2.weight"
-        inner = "encoder.layers.0.linear2.weight"
-    for name in (embedding, inner, "decoder.weight"):
-        if name not in state or state[name].dim() != 2:
+    embedding, layer, dimensions = {
+        "Transformer": ("input_emb.weight", "encoder.layers.{}.linear2.weight", 2),
+        "CNN": ("encoder.weight", "layers.{}.weight", 3),
+    }.get(kind, ("encoder.weight", "rnn.weight_hh_l{}", 2))
+    first = layer.format(0)
+    for name, expected in ((embedding, 2), (first, dimensions), ("decoder.weight", 2)):
+        if name not in state or state[name].dim() != expected:
             raise checkpoint.error(f"lacks {name}: not a {kind}")
+    nhid, kernel_size = state[first].shape[1], checkpoint.value("kernel_size", int)
+    if kind == "CNN":
+        nhid, kernel_size = state[first].shape[0] // 2, state[first].shape[2]
     words, emsize = state[embedding].shape
     nhead = checkpoint.value("nhead", int) or DEFAULT_NHEAD
     count = len(read_vocabulary(checkpoint))
@@ -86,11 +89,12 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         model=kind,
         words=words,
         emsize=emsize,
-        nhid=state[inner].shape[1],
-        nlayers=sum(layer in name for name in state),
+        nhid=nhid,
+        nlayers=sum(layer.format(number) in state for number in range(len(state))),
         nhead=nhead,
         # Equal values are one matrix: two matrices differ from their first draw on.
         tied=torch.equal(state["decoder.weight"], state[embedding]),
+        kernel_size=kernel_size or DEFAULT_KERNEL_SIZE,
     )
 
 

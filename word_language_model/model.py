@@ -1,7 +1,7 @@
-"""Word language models: RNNs and a causal Transformer, with the original's initial weights.
+"""Word language models: RNNs, a causal Transformer and a gated convolutional network.
 
-The names of the parameters and the random draws at construction are those of the original's
-model.py, so a seed gives its weights to the bit.
+The RNNs' and the Transformer's parameter names and random draws at construction are those of the
+original's model.py, so a seed gives its weights to the bit. The original has no convolutions.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import warnings
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from engine.cli import UserError
 from word_language_model.kernels import Dropout, loss
 
 RECURRENT = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
-MODELS = (*RECURRENT, "Transformer")
+MODELS = (*RECURRENT, "Transformer", "CNN")
 DEFAULT_NHEAD = 2
+DEFAULT_KERNEL_SIZE = 4  # with it two layers have as many parameters as the LSTM's
 MAX_POSITIONS = 5000
 INIT_RANGE = 0.1
 
@@ -27,7 +29,7 @@ INIT_RANGE = 0.1
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous")
 
 # What a model remembers between segments, each [nlayers, columns, nhid]: (h,) for RNNs and GRU,
-# (h, c) for LSTM, () for the Transformer.
+# (h, c) for LSTM, () for the Transformer and the CNN.
 Hidden = tuple[torch.Tensor, ...]
 
 
@@ -41,11 +43,12 @@ class ModelSpec(NamedTuple):
     nlayers: int
     nhead: int
     tied: bool
+    kernel_size: int = DEFAULT_KERNEL_SIZE
 
 
 def check_spec(spec: ModelSpec, bptt: int) -> None:
     """Raise `UserError` for sizes that do not go together."""
-    if spec.model in RECURRENT:
+    if spec.model != "Transformer":
         if spec.tied and spec.emsize != spec.nhid:
             raise UserError(
                 f"--tied needs --nhid equal to --emsize, not {spec.nhid} and {spec.emsize}"
@@ -69,6 +72,8 @@ class LanguageModel(nn.Module, abc.ABC):
     """
 
     decoder: nn.Linear
+    # How many of the last words a prediction can depend on; 0 where the layers set no limit.
+    receptive_field: int = 0
 
     @abc.abstractmethod
     def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
@@ -221,12 +226,51 @@ class TransformerModel(LanguageModel):
         return self.encoder.norm(last)[0], hidden
 
 
+class ConvolutionalModel(LanguageModel):
+    """Embedding, gated causal convolutions, decoder (Dauphin et al. 2017).
+
+    A layer sees the `kernel_size` positions up to its own, zeros before the first one, and adds a
+    linear convolution times the sigmoid of another to its input, where both have the same size.
+    Like the Transformer it reads every segment by itself.
+    """
+
+    def __init__(self, spec: ModelSpec, dropout: float) -> None:
+        super().__init__()
+        self.drop = Dropout(dropout)
+        self.encoder = nn.Embedding(spec.words, spec.emsize)
+        sizes = [spec.emsize, *[spec.nhid] * (spec.nlayers - 1)]
+        self.layers = nn.ModuleList(
+            nn.Conv1d(size, 2 * spec.nhid, spec.kernel_size) for size in sizes
+        )
+        for layer in self.layers:
+            assert isinstance(layer, nn.Conv1d)
+            # Keeps the variance of a layer's input in its output (Gehring et al. 2017).
+            nn.init.normal_(layer.weight, 0, 2 / math.sqrt(layer.weight[0].numel()))
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+        self.decoder = nn.Linear(spec.nhid, spec.words)
+        self.init_decoder(self.encoder, spec.tied)
+        self.kernel_size = spec.kernel_size
+        self.receptive_field = 1 + spec.nlayers * (spec.kernel_size - 1)
+
+    def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+        x = self.encoder(tokens).permute(1, 2, 0)  # [columns, emsize, t], as convolutions take it
+        for layer in self.layers:
+            gated = F.glu(layer(F.pad(self.drop(x), (self.kernel_size - 1, 0))), dim=1)
+            x = x + gated if x.shape == gated.shape else gated
+        return self.drop(x.permute(2, 0, 1)), hidden
+
+    def last_features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+        """What lies before the receptive field changes nothing, and is not read."""
+        return super().last_features(tokens[-self.receptive_field :], hidden)
+
+
 def build_model(spec: ModelSpec, dropout: float, layer_dropout: float = 0.0) -> LanguageModel:
     """A model with weights drawn from torch's generator, float32, on the CPU.
 
     Args:
         layer_dropout: within the Transformer's layers.
     """
-    if spec.model in RECURRENT:
-        return RecurrentModel(spec, dropout)
-    return TransformerModel(spec, dropout, layer_dropout)
+    if spec.model == "Transformer":
+        return TransformerModel(spec, dropout, layer_dropout)
+    return (ConvolutionalModel if spec.model == "CNN" else RecurrentModel)(spec, dropout)

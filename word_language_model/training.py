@@ -25,7 +25,7 @@ from word_language_model.model import LanguageModel, ModelSpec, build_model, che
 
 # What a resumed run takes from its checkpoint unless a flag says otherwise; the weights and the
 # optimizer's state decide MODEL_SETTINGS.
-MODEL_SETTINGS = ("model", "emsize", "nhid", "nlayers", "nhead", "tied", "use_optimizer")
+MODEL_SETTINGS = (*(f for f in ModelSpec._fields if f != "words"), "use_optimizer")
 SETTINGS = (
     *(*MODEL_SETTINGS, "epochs", "batch_size", "bptt", "lr", "clip"),
     *("dropout", "layer_dropout", "seed"),
