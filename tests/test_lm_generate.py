@@ -19,12 +19,12 @@ WORDS, BPTT = 40, 5
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with checkpoints of one step: <model>.pt for each of the six."""
+    """A folder with checkpoints of an epoch: <model>.pt for each of the six."""
     folder = tmp_path_factory.mktemp("models")
     make_corpus(folder / "set")
     size = ("--emsize", 8, "--nhid", 8, "--batch_size", 4, "--bptt", BPTT)
     for model in lm_model.MODELS:
-        flags = ("--model", model, "--data", "set", *size, "--lr", 1, "--dry-run")
+        flags = ("--model", model, "--data", "set", *size, "--lr", 1, "--epochs", 1)
         assert run("lm_main.py", *flags, "--save", f"{model}.pt", cwd=folder).code == 0
     return folder
 
