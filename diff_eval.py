@@ -33,9 +33,9 @@ from engine.exits import run_script
 from engine.files import check_writable, writing
 from engine.launch import build_accelerator
 from image_classification.cache import BadImageError, open_image, refuse_bad_images
-from image_classification.checkpoint import refuse_other_classes, restore_model
+from image_classification.checkpoint import count_classes, refuse_other_classes, restore_model
 from image_classification.data import ImageData, ImageLoader, load_dataset
-from image_classification.model import DEFAULT, STEMS
+from image_classification.model import STEMS
 from image_classification.sources import TINY_IMAGENET
 
 CSV, SHEET = "disagreements.csv", "contact_sheet.png"
@@ -69,7 +69,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="architecture of a bare state dict, or of each checkpoint")
     add("--stem", nargs="+", choices=STEMS, help="likewise for a ResNet's stem")
     add("--image-size", type=positive_int, metavar="PX",
-        help=f"for a checkpoint that does not say; else {DEFAULT.image_size}")
+        help="for a checkpoint that does not say; else what is usual for such images")
     add("-b", "--batch-size", default=256, type=positive_int, metavar="N", help="images at a time")
     add("-j", "--workers", default=4, type=non_negative_int, metavar="N",
         help="worker processes that decode images")
@@ -96,26 +96,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_foreign(args.output_dir)
     paths: list[Path] = args.checkpoints
     contents = [load(path) for path in paths]
-    restored = []
-    for content, arch, stem in zip(contents, args.arch, args.stem, strict=True):
-        size = None if "image_size" in content else args.image_size
-        restored.append(restore_model(content, arch, stem, size))
-    specs = [spec for _, spec in restored]
-    if specs[0].num_classes != specs[-1].num_classes:
+    counts = [count_classes(content) for content in contents]
+    if counts[0] != counts[-1]:
         raise UserError(
-            f"{paths[0]} has {specs[0].num_classes} classes and {paths[1]} {specs[1].num_classes}: "
-            "they cannot be compared"
+            f"{paths[0]} has {counts[0]} classes and {paths[1]} {counts[1]}: they cannot be "
+            "compared"
         )
+    # None for one that does not say, when the data decides.
+    sizes = [content.value("image_size", int) or args.image_size for content in contents]
     if not Path(args.data).exists() and args.data != "sample":
         raise UserError(f"{args.data} is missing, and this script downloads nothing: name --data")
     with accelerator.local_main_process_first():
         datasets = {
             size: load_dataset(args.data, size, 0, args.workers, download=False)
-            for size in {spec.image_size for spec in specs}
+            for size in set(sizes)
         }
-    data = datasets[specs[0].image_size]
-    for content in contents:
+    data = datasets[sizes[0]]
+    restored = []
+    for content, arch, stem, size in zip(contents, args.arch, args.stem, sizes, strict=True):
         refuse_other_classes(content, data.classes)
+        restored.append(restore_model(content, arch, stem, datasets[size].image_size))
     chosen = choose(args.classes, data.classes)
     rows = [i for i, target in enumerate(data.val.targets.tolist()) if target in chosen]
     if not rows:
@@ -123,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         said = [
-            predict(accelerator, model, datasets[spec.image_size], rows, spec.image_size, args)
-            for model, spec in restored
+            predict(accelerator, model, datasets[size], rows, args)
+            for (model, _), size in zip(restored, sizes, strict=True)
         ]
     except BadImageError:
         refuse_bad_images(data.root, data.val.paths, args.workers)
@@ -182,7 +182,6 @@ def predict(
     model: torch.nn.Module,
     data: ImageData,
     rows: list[int],
-    image_size: int,
     args: argparse.Namespace,
 ) -> list[tuple[int, float]]:
     """Predicted class and its probability of each validation image in `rows`, on every process.
@@ -198,7 +197,7 @@ def predict(
         accelerator,
         data.val,
         batch_size=args.batch_size,
-        image_size=image_size,
+        image_size=data.image_size,
         seed=0,
         train=False,
         workers=args.workers,

@@ -77,12 +77,14 @@ def make_parser() -> cli.ArgumentParser:
         help="checkpoint to continue or to evaluate, or `auto` for the newest whole one of "
         "--output-dir, if there is one")
     add("-e", "--evaluate", action="store_true", help="evaluate on the validation set and exit")
-    add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+    add("--pretrained", action="store_true",
+        help="start from torchvision's ImageNet weights; with its stem unless --stem is given")
     add("--seed", type=cli.non_negative_int, help="makes a run repeatable; else drawn and printed")
     add("--dummy", action="store_true", help="fake data, to benchmark without a disk")
     # The original's end here; these are new.
     add("--image-size", type=cli.positive_int, default=DEFAULT.image_size, metavar="PX",
-        help="side of the images that the model sees")
+        help="side of the images that the model sees; of weights of other programs 224 px, "
+        "unless the images are small")
     add("--stem", choices=STEMS, default=DEFAULT.stem,
         help="first layers of a ResNet: stock is torchvision's 7x7 of stride 2, stride1 the same "
         "at stride 1, cifar a 3x3 without pooling")

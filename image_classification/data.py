@@ -25,7 +25,10 @@ from engine.seeds import derive_seed, seed_generators
 from image_classification.augment import Crops, draw_crops, normalise, resize, resized_crop
 from image_classification.cache import decoded_images, open_image, small_side
 from image_classification.folders import Split, find_images
+from image_classification.model import DEFAULT
 from image_classification.sources import resolve
+
+ORIGINAL_SIZE = 224  # pixels a side, at which the original and torchvision train
 
 
 @dataclasses.dataclass
@@ -84,15 +87,19 @@ def _generator(*parts: int | str) -> torch.Generator:
 class ImageData(NamedTuple):
     root: Path
     classes: list[str]
+    image_size: int  # side, in pixels, of the images that a model is to see
     train: DecodedImages | ImageFiles
     val: DecodedImages | ImageFiles
 
 
-def load_dataset(name: str, image_size: int, seed: int, workers: int, download: bool) -> ImageData:
+def load_dataset(
+    name: str, image_size: int | None, seed: int, workers: int, download: bool
+) -> ImageData:
     """Find or make the dataset that the argument DIR names; small images are decoded once.
 
     Args:
-        image_size: side, in pixels, of the images that `ImageFiles` delivers.
+        image_size: None for weights that do not say what they were trained at: the original's
+            size, unless the images are small.
         workers: processes that decode small images, at most one a CPU.
 
     Raises:
@@ -102,15 +109,19 @@ def load_dataset(name: str, image_size: int, seed: int, workers: int, download: 
     # One cache holds both splits, so they need the same side.
     sides = {small_side(train.paths), small_side(val.paths)}
     side = sides.pop() if len(sides) == 1 else None
+    if image_size is None:
+        image_size = ORIGINAL_SIZE if side is None else DEFAULT.image_size
     if side is None:
         train_files = ImageFiles(train, image_size, seed, train=True)
-        return ImageData(root, classes, train_files, ImageFiles(val, image_size, seed, train=False))
+        val_files = ImageFiles(val, image_size, seed, train=False)
+        return ImageData(root, classes, image_size, train_files, val_files)
     paths = train.paths + val.paths
     images = decoded_images(root, paths, side, min(workers, os.cpu_count() or 1))
     first, rest = images.split([len(train.paths), len(val.paths)])
     return ImageData(
         root,
         classes,
+        image_size,
         DecodedImages(first, torch.tensor(train.targets), train.paths),
         DecodedImages(rest, torch.tensor(val.targets), val.paths),
     )
@@ -127,8 +138,8 @@ def move_to_gpu(data: ImageData, device: torch.device) -> tuple[ImageData, str]:
     size = train.images.nbytes + val.images.nbytes
     if device.type != "cuda" or 2 * size > torch.cuda.mem_get_info(device)[0]:
         return data, "decoded in memory"
-    on_gpu = (dataclasses.replace(s, images=s.images.to(device)) for s in (train, val))
-    return ImageData(data.root, data.classes, *on_gpu), "decoded on the GPU"
+    train, val = (dataclasses.replace(s, images=s.images.to(device)) for s in (train, val))
+    return data._replace(train=train, val=val), "decoded on the GPU"
 
 
 def dummy_dataset(image_size: int) -> ImageData:
@@ -140,7 +151,8 @@ def dummy_dataset(image_size: int) -> ImageData:
         DecodedImages(pixels, torch.randint(1000, (count,), generator=generator), [])
         for count in (1_281_167, 50_000)
     )
-    return ImageData(Path("dummy"), [f"class{i}" for i in range(1000)], train, val)
+    classes = [f"class{i}" for i in range(1000)]
+    return ImageData(Path("dummy"), classes, image_size, train, val)
 
 
 class Batch(NamedTuple):

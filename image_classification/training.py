@@ -24,6 +24,7 @@ from image_classification.checkpoint import (
     refuse_other_classes,
 )
 from image_classification.data import (
+    ORIGINAL_SIZE,
     ImageData,
     ImageLoader,
     dummy_dataset,
@@ -71,12 +72,19 @@ def settle(
         spec = read_spec(checkpoint, args.arch, args.stem)
         found = read_settings(checkpoint, SETTINGS)
         found |= {"arch": spec.arch, "stem": spec.stem}
-    asked_stem = args.stem
+    asked_stem, asked_size = args.stem, args.image_size
     parser.settle(args, found, args.resume, accelerator.print, fixed=MODEL_SETTINGS)
     if not has_stem(args.arch):
         if asked_stem is not None:
             accelerator.print(f"=> {args.arch} is no ResNet: --stem {asked_stem} is ignored")
         args.stem = None
+    is_foreign = bool(checkpoint) and found.get("image_size") is None
+    if args.pretrained and not checkpoint:
+        is_foreign = True
+        if asked_stem is None and args.stem:
+            args.stem = "stock"
+    if is_foreign and asked_size is None:
+        args.image_size = None  # the data decides
     if args.evaluate:
         return
     if args.batch_size % accelerator.num_processes:
@@ -95,9 +103,16 @@ def find_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
     args.seed = agree_on_seed(accelerator, args.seed)
     if args.dummy:
         accelerator.print("=> Dummy data is used!")
+        args.image_size = args.image_size or ORIGINAL_SIZE
         return dummy_dataset(args.image_size)
     with accelerator.local_main_process_first():  # a node's first process downloads and decodes
         data = load_dataset(args.data, args.image_size, args.seed, args.workers, args.download)
+    if args.image_size is None:
+        args.image_size = data.image_size
+        accelerator.print(
+            f"=> the weights do not say for which size of images they are: {data.image_size} px, "
+            "as is usual for images like these; --image-size chooses another"
+        )
     # An evaluation reads every image once.
     device = torch.device("cpu") if args.evaluate else accelerator.device
     data, where = move_to_gpu(data, device)

@@ -7,7 +7,10 @@ import pytest
 import torch
 from chaos import differences, scalars
 from kit import KIT, PROBE, Result, error_line, launch, make_dataset, run
+from torch.nn import functional as F
 from torchvision import models
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import ToTensor, v2
 
 TAGS = {f"{name}/{split}" for name in ("Loss", "Acc@1", "Acc@5") for split in ("train", "val")}
 TAGS |= {"LR", "Throughput/train"}
@@ -29,6 +32,42 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     result = run("resnet_main.py", "set", *FAST, "--epochs", 2, "--seed", 1, cwd=folder)
     assert result.code == 0, result
     return folder, result
+
+
+def test_foreign_weights_are_evaluated_as_by_torchvision(tmp_path: Path) -> None:
+    """With its stem, and at the original's size unless the images are small."""
+    torch.manual_seed(1)
+    model = models.resnet18(num_classes=3)
+    original = {"epoch": 9, "arch": "resnet18", "state_dict": model.state_dict()}
+    torch.save({**original, "best_acc1": torch.tensor(5.0)}, tmp_path / "o.pth.tar")
+    home = tmp_path / "hub" / "checkpoints"
+    home.mkdir(parents=True)
+    torch.save(models.resnet18().state_dict(), home / "resnet18-f37072fd.pth")
+
+    def by_torchvision(root: Path, size: int, resized: int) -> list[float]:
+        steps = [v2.Resize(resized), v2.CenterCrop(size), ToTensor()]
+        steps += [v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+        folder = ImageFolder(root / "val", v2.Compose(steps))
+        images, targets = zip(*folder, strict=True)
+        with torch.inference_mode():
+            logits = model.eval()(torch.stack(images))
+        hits = (logits.argmax(1) == torch.tensor(targets)).double().mean()
+        loss = F.cross_entropy(logits, torch.tensor(targets))
+        return [100 * hits.item(), loss.item()]
+
+    flags = ("-e", "-b", 10, "-j", 0)
+    for side, size, resized in ((300, 224, 256), (64, 64, 64)):
+        root = make_dataset(tmp_path / str(side), "plain", side=side)
+        found = run("resnet_main.py", root, *flags, "--resume", "o.pth.tar", cwd=tmp_path)
+        acc1, _, loss = map(float, SUMMARY.findall(found.out)[0])
+        assert [acc1, loss] == pytest.approx(by_torchvision(root, size, resized), abs=1e-3)
+        assert f"which size of images they are: {size} px" in found.out
+    asked = (*flags, "--resume", "o.pth.tar", "--image-size", 80)
+    found = run("resnet_main.py", root, *asked, cwd=tmp_path)
+    assert "80 px, stem stock" in found.out and "which size" not in found.out
+    environment = {"TORCH_HOME": str(tmp_path)}
+    found = run("resnet_main.py", "300", *flags, "--pretrained", cwd=tmp_path, env=environment)
+    assert "=> using pre-trained model 'resnet18', 3 classes, 224 px, stem stock\n" in found.out
 
 
 def test_lines_are_the_originals(trained: tuple[Path, Result]) -> None:
