@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,10 @@ class Run:
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """`Accelerator.prepare`; what it returns is what `save` saves."""
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        with warnings.catch_warnings():
+            # Torch 2.15 has another name for it, which 2.11 and Accelerate do not know.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         return self.model, self.optimizer
 
     @contextlib.contextmanager

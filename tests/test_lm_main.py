@@ -209,6 +209,7 @@ def test_four_processes_lose_what_one_does(tmp_path: Path) -> None:
     four = launch("cpu4.yaml", "lm_main.py", *flags, "four.pt", cwd=tmp_path)
     assert four.code == 0, four
     assert "=> 4 processes on CPU" in four.out
+    assert "FutureWarning" not in four.err
     assert len(EPOCH.findall(four.out)) == 2
     assert len(END.findall(four.out)) == 1
     alone, together = scalars(tmp_path / "rnn.logs"), scalars(tmp_path / "four.logs")
