@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 from engine.cli import ArgumentParser, UserError, non_negative_int, positive_int
 from engine.exits import run_script
 from engine.files import check_writable, writing
+from engine.streams import product
 from word_language_model.checkpoint import load, restore_model
 from word_language_model.model import MAX_POSITIONS, MODELS, LanguageModel
 
@@ -133,11 +133,8 @@ def encode(prompt: str, vocabulary: list[str]) -> list[int]:
 def output(name: str) -> Iterator[TextIO]:
     """Standard output, or a file that appears when it is whole."""
     if name == "-":
-        try:
+        with product():
             yield sys.stdout
-            sys.stdout.flush()
-        except BrokenPipeError:  # its reader, `head` perhaps, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     with writing(Path(name)) as temporary, temporary.open("w", encoding="utf-8") as file:
         yield file

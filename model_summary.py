@@ -25,6 +25,7 @@ from torchvision.models import ResNet
 from engine.checkpoints import load
 from engine.cli import ArgumentParser, positive_int
 from engine.exits import run_script
+from engine.streams import product
 from image_classification.checkpoint import restore_model
 from image_classification.model import (
     ARCHITECTURES,
@@ -72,11 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = build_model(spec)
 
     summary = describe(model, spec)
-    if args.json:
-        print(json.dumps(summary, indent=2))
-    else:
-        print_layers(model, spec.image_size)
-        print_stages(summary)
+    with product():
+        if args.json:
+            print(json.dumps(summary, indent=2))
+        else:
+            print_layers(model, spec.image_size)
+            print_stages(summary)
 
 
 def describe(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:

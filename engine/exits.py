@@ -19,6 +19,7 @@ import torch.distributed as dist
 from accelerate.utils import get_int_from_env
 
 from engine.cli import UserError
+from engine.streams import fall_back_to_stderr, make_unfailing
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = os.EX_TEMPFAIL  # 75: stopped by a signal, to be resumed
@@ -40,8 +41,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     Before the processes of a run have joined, all of them usually meet the same mistake, and the
     first to leave makes the launcher end the others: so each waits its turn to speak.
     """
-    # A log file is read while it grows, and its lines keep their order beside those of stderr.
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    make_unfailing()
     try:
         main()
     except (UserError, torch.OutOfMemoryError) as error:
@@ -65,6 +65,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         )
         leave(1)
     except Stopped as stopped:
+        fall_back_to_stderr()
         if get_int_from_env(["RANK"], 0) == 0:
             print(f"=> {stopped}, exit code {EXIT_STOPPED}: --resume auto goes on")
         leave(EXIT_STOPPED)
@@ -92,4 +93,9 @@ def leave(code: int) -> NoReturn:
     sys.stderr.flush()
     for child in multiprocessing.active_children():
         child.kill()
+    if hasattr(sys, "ps1"):  # IPython's %run: the process is not ours to end, nor its signals
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.exit(code)
     os._exit(code)

@@ -81,7 +81,7 @@ def build_accelerator(deterministic: bool = True, broadcast_buffers: bool = True
     if accelerator.num_processes != asked:
         raise UserError(
             f"{asked} processes were asked for and {accelerator.num_processes} joined: launch with "
-            "accelerate launch --config_file accelerate_configs/… or with torchrun"
+            "accelerate launch --config_file accelerate_configs/cpu4.yaml (gpu4.yaml), or torchrun"
         )
     if accelerator.mixed_precision == "bf16" and emulates_bf16(accelerator.device):
         # oneDNN's LSTM fails there; torch's own computes, and no layer is slower for it.
@@ -119,10 +119,10 @@ def describe_run(accelerator: Accelerator) -> str:
     line = f"=> {several}{processes} process{plural} on {name}{threads}, {precision}"
     if accelerator.mixed_precision == "no" and _has_fast_bf16(device):
         line += "\n=> bf16 would be much faster on this device: accelerate launch --config_file "
-        line += f"accelerate_configs/{'cpu_bf16' if device.type == 'cpu' else 'gpu1'}.yaml …"
+        line += f"accelerate_configs/{'cpu_bf16' if device.type == 'cpu' else 'gpu1'}.yaml ..."
     if accelerator.mixed_precision == "bf16" and emulates_bf16(accelerator.device):
         line += "\n=> this CPU has no instructions for bf16 and is many times slower in it than in "
-        line += "float32: accelerate launch --mixed_precision no …"
+        line += "float32: accelerate launch --mixed_precision no ..."
     return line
 
 

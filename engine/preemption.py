@@ -48,7 +48,8 @@ class Preemption:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum and time.monotonic() - self.since > SAME_REQUEST:
-            os.write(2, b"=> a second signal: stopped at once\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"=> a second signal: stopped at once\n")
             os._exit(128 + signum)
         if not self.signum:
             self.signum, self.since = signum, time.monotonic()

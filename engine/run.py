@@ -29,6 +29,7 @@ from engine.cli import UserError
 from engine.exits import Stopped
 from engine.metrics import Curves, Sums, diverged
 from engine.preemption import Preemption
+from engine.streams import fall_back_to_stderr
 
 
 @dataclasses.dataclass
@@ -173,6 +174,7 @@ class Run:
             self.preemption.check()
         except Stopped as stopped:
             self.stopped = stopped
+            fall_back_to_stderr()
             if self.writer is not None:
                 self.save()
                 self.writer.wait()

@@ -34,12 +34,25 @@ class Result(NamedTuple):
 
 
 class Running:
-    """A script of the kit as a process, in the folder `cwd`."""
+    """A script of the kit as a process, in the folder `cwd`.
 
-    def __init__(self, script: str, *args: object, cwd: Path, env: dict[str, str]) -> None:
+    Args:
+        streams: instead of files for stdout and stderr, other paths, or None for a closed one.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        *args: object,
+        cwd: Path,
+        env: dict[str, str],
+        streams: tuple[Path | None, Path | None] | None = None,
+    ) -> None:
         self.out, self.err = cwd / ".stdout", cwd / ".stderr"
         self.argv = [str(KIT / script), *map(str, args)]
-        arguments = (self.argv, cwd, env, self.out, self.err)
+        for path in (self.out, self.err):
+            path.write_text("")
+        arguments = (self.argv, cwd, env, streams or (self.out, self.err))
         self.process = _context.Process(target=_enter, args=arguments)
         self.process.start()
 
@@ -56,14 +69,23 @@ def run(script: str, *args: object, cwd: Path, env: dict[str, str] | None = None
     return Running(script, *args, cwd=cwd, env=env or {}).finish()
 
 
-def _enter(argv: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
-    for path, number in ((out, 1), (err, 2)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, number)
+def _enter(
+    argv: list[str], cwd: Path, env: dict[str, str], streams: tuple[Path | None, Path | None]
+) -> None:
+    for number, path in enumerate(streams, 1):
+        if path is None:
+            os.close(number)
+        else:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY)
+            os.dup2(descriptor, number)
+            os.close(descriptor)
     os.chdir(cwd)
     os.environ.update(env)
     sys.argv = argv
-    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+    # As Python itself does, which has None for a closed stream.
+    encoding = env.get("PYTHONIOENCODING")
+    for number, (name, path) in enumerate(zip(("stdout", "stderr"), streams, strict=True), 1):
+        setattr(sys, name, path and open(number, "w", encoding=encoding))  # noqa: PTH123, SIM115
     try:
         runpy.run_path(argv[0], run_name="__main__")
     finally:
