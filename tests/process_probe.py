@@ -5,12 +5,18 @@ process_probe.py same SMALL LARGE  what an epoch of two datasets is made of (ind
 process_probe.py kill COMMAND EPOCH STEP …
                                    the command with these flags, killed once it has saved that
 process_probe.py compile …         resnet_main.py with these flags and a compiler that only counts
+process_probe.py follow …          resnet_main.py with these flags and `small_model`; leaves in
+                                   steps.pt what the run was after every step
+process_probe.py best ACC1,… …     resnet_main.py with these flags, `small_model`, and these
+                                   accuracies for its epochs
 """
 
 import hashlib
 import os
 import sys
+from collections import OrderedDict
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +28,10 @@ from engine.checkpoints import Checkpoint
 from engine.exits import run_script
 from engine.launch import build_accelerator
 from engine.run import Run
+from image_classification import training
 from image_classification.data import ImageLoader, load_dataset
+from image_classification.metrics import Statistics
+from image_classification.model import ModelSpec
 from image_classification.training import make_run, settle
 
 
@@ -99,5 +108,54 @@ def count_compilations() -> None:
     run_script(lambda: resnet_main.main(sys.argv[2:]))
 
 
+def small_model(classes: int) -> torch.nn.Sequential:
+    """Normalisation, dropout, and no kink at which rounding would decide about a gradient."""
+    layers: dict[str, torch.nn.Module] = {
+        **{"conv1": torch.nn.Conv2d(3, 8, 3, stride=2), "bn1": torch.nn.BatchNorm2d(8)},
+        **{"act1": torch.nn.SiLU(), "conv2": torch.nn.Conv2d(8, 16, 3, stride=2)},
+        **{"bn2": torch.nn.BatchNorm2d(16), "act2": torch.nn.SiLU()},
+        **{"pool": torch.nn.AdaptiveAvgPool2d(2), "flat": torch.nn.Flatten()},
+        **{"dropout": torch.nn.Dropout(0.2), "fc": torch.nn.Linear(64, classes)},
+    }
+    return torch.nn.Sequential(OrderedDict(layers))
+
+
+def build_small_model(spec: ModelSpec, pretrained: bool) -> torch.nn.Module:
+    return small_model(spec.num_classes)
+
+
+def follow() -> None:
+    end_of_step = Run.end_of_step
+    steps: list[dict[str, Any]] = []
+
+    def recorded(run: Run, step: int) -> None:
+        end_of_step(run, step)
+        model = run.accelerator.unwrap_model(run.model)
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        norms = {type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__}
+        lr = run.optimizer.param_groups[0]["lr"]
+        steps.append({"lr": lr, "weights": weights, "norms": norms})
+
+    def main() -> None:
+        resnet_main.main(sys.argv[2:])
+        torch.save(steps, "steps.pt")
+
+    Run.end_of_step = recorded  # type: ignore[assignment, method-assign]
+    patch.object(training, "build_model", build_small_model).start()
+    run_script(main)
+
+
+def give_accuracies() -> None:
+    given = map(float, sys.argv[2].split(","))
+    patch.object(resnet_main, "evaluate", lambda *_: Statistics(1.0, next(given), 100.0)).start()
+    patch.object(training, "build_model", build_small_model).start()
+    run_script(lambda: resnet_main.main(sys.argv[3:]))
+
+
+PROBES = {
+    **{"same": same, "kill": kill, "compile": count_compilations},
+    **{"follow": follow, "best": give_accuracies},
+}
+
 if __name__ == "__main__":
-    {"same": same, "kill": kill, "compile": count_compilations}[sys.argv[1]]()
+    PROBES[sys.argv[1]]()

@@ -1,0 +1,203 @@
+"""The training of image classifiers, which a plain loop of torch's own parts follows step by step.
+
+The loop takes the kit's batches as they are before CutMix and MixUp. That the crops in them change
+from sample to sample and from epoch to epoch is a test of its own.
+"""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from chaos import read, scalars
+from kit import PROBE, image, make_dataset, run
+from process_probe import small_model
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from engine.seeds import derive_seed
+from image_classification.data import (
+    DecodedImages,
+    ImageData,
+    ImageFiles,
+    ImageLoader,
+    load_dataset,
+)
+from image_classification.folders import Split
+
+SIDE, BATCH, SEED, CLASSES = 32, 10, 3, 3
+COMMON = ("set", "--image-size", SIDE, "-b", BATCH, "-j", 0, "--seed", SEED, "-p", 1)
+# What the original does without a flag, and what a flag of its own takes away.
+ORIGINAL = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "lr_schedule": "step"}
+NONE = {
+    **{"momentum": 0.0, "weight_decay": 0.0, "warmup_epochs": 0},
+    **{"label_smoothing": 0.0, "cutmix": 0.0, "mixup": 0.0},
+}
+STEP = re.compile(r"^Epoch: .*\tLoss (\S+) ", re.MULTILINE)
+# Of the way that the weights have gone since the start: rounding makes less than 1e-6 of it here,
+# and the least of the options, a weight decay of 1e-4, makes 1e-3.
+SAME, OTHER = 2e-5, 5e-4
+
+
+def batches(images: DecodedImages | ImageFiles, train: bool = True) -> ImageLoader:
+    alone: Any = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
+    options: dict[str, Any] = {"batch_size": BATCH, "image_size": SIDE, "seed": SEED, "workers": 0}
+    return ImageLoader(alone, images, train=train, **options)
+
+
+class Figures(NamedTuple):
+    """Learning rate, loss and parameters after every step; validation loss of every epoch."""
+
+    rates: list[float]
+    losses: list[float]
+    weights: list[torch.Tensor]
+    val_losses: list[float]
+
+
+def new_model() -> nn.Module:
+    torch.manual_seed(SEED)
+    return small_model(CLASSES)
+
+
+def flatten(model: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def schedule(optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> lr_scheduler.LRScheduler:
+    """A tenth every 30 epochs, or half a cosine to zero; before it a linear rise."""
+    warmup = options["warmup_epochs"]
+    rates: Any = lr_scheduler.StepLR(optimizer, 30)
+    if options["lr_schedule"] == "cosine":
+        rates = lr_scheduler.CosineAnnealingLR(optimizer, options["epochs"] - warmup)
+    if warmup:
+        rise = lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
+        rates = lr_scheduler.SequentialLR(optimizer, [rise, rates], [warmup])
+    return rates  # type: ignore[no-any-return]
+
+
+def train_plainly(data: ImageData, flags: dict[str, Any]) -> Figures:
+    options = {**NONE, "start_epoch": 0, **ORIGINAL, **flags}
+    model = new_model()
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        options["lr"],
+        momentum=options["momentum"],
+        weight_decay=options["weight_decay"],
+    )
+    rates = schedule(optimizer, options)
+    kinds = {"cutmix": v2.CutMix, "mixup": v2.MixUp}
+    mixes = [
+        kind(alpha=options[name], num_classes=CLASSES)
+        for name, kind in kinds.items()
+        if options[name]
+    ]
+    found = Figures([], [], [], [])
+    for _ in range(options["start_epoch"]):
+        optimizer.step()  # without gradients: only the rate moves
+        rates.step()
+    for epoch in range(options["start_epoch"], options["epochs"]):
+        model.train()
+        for step, batch in enumerate(batches(data.train).epoch(epoch)):
+            images, targets = batch.images, batch.targets
+            if mixes:
+                torch.manual_seed(derive_seed("mix", SEED, epoch, step))
+                images, targets = v2.RandomChoice(mixes)(images, targets)
+            torch.manual_seed(derive_seed("dropout", SEED, epoch, step, 0))
+            smoothing = options["label_smoothing"]
+            loss = F.cross_entropy(model(images), targets, label_smoothing=smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.rates.append(float(rates.get_last_lr()[0]))
+            found.losses.append(loss.item())
+            found.weights.append(flatten(model))
+        found.val_losses.append(validate(model, data))
+        rates.step()
+    return found
+
+
+@torch.no_grad()
+def validate(model: nn.Module, data: ImageData) -> float:
+    model.eval()
+    parts = [
+        F.cross_entropy(model(batch.images), batch.targets, reduction="sum").item()
+        for batch in batches(data.val, train=False).epoch(0)
+    ]
+    return sum(parts) / len(data.val)
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The distance between two states of the weights, of what `other` has gone from the start."""
+    return float((one - other).norm() / (other - flatten(new_model())).norm())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"start_epoch": 29, "epochs": 31},
+        {"label_smoothing": 0.1, "lr_schedule": "cosine", "warmup_epochs": 1, "epochs": 3},
+        {"cutmix": 1.0, "label_smoothing": 0.2, "warmup_epochs": 2, "lr": 0.2, "epochs": 3},
+        {"mixup": 0.4, "weight_decay": 0.01, "momentum": 0.5, "sync_bn": True, "epochs": 1},
+        {"cutmix": 0.5, "mixup": 1.0, "epochs": 2},
+    ],
+    ids=lambda flags: "+".join(flags),
+)
+def test_a_run_follows_a_plain_loop(flags: dict[str, Any], tmp_path: Path) -> None:
+    data = load_dataset(str(make_dataset(tmp_path / "set", train=9)), SIDE, SEED, 0, False)
+    plain = train_plainly(data, flags)
+    given: list[object] = []
+    for name, value in flags.items():
+        given += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
+    probe = ("follow", *COMMON, *given)
+    result = run("tests/process_probe.py", *probe, cwd=tmp_path, env=PROBE)
+    assert result.code == 0, result
+
+    steps = torch.load(tmp_path / "steps.pt")
+    assert [step["lr"] for step in steps] == pytest.approx(plain.rates)
+    assert [float(loss) for loss in STEP.findall(result.out)] == pytest.approx(plain.losses, 2e-4)
+    for step, weights in zip(steps, plain.weights, strict=True):
+        assert apart(step["weights"], weights) < SAME
+    curves = scalars(tmp_path / "output" / "resnet" / "logs")
+    assert [value for _, value in curves["Loss/val"]] == pytest.approx(plain.val_losses, 1e-4)
+    norms = {"SyncBatchNorm"} if "sync_bn" in flags else {"BatchNorm2d"}
+    assert all(step["norms"] == norms for step in steps)
+
+    # And each option has a part in this: without it, the loop ends elsewhere.
+    used = {name: none for name, none in NONE.items() if {**ORIGINAL, **flags}.get(name)}
+    for name, none in used.items():
+        without = train_plainly(data, {**flags, name: none})
+        assert apart(without.weights[-1], plain.weights[-1]) > OTHER, name
+
+
+@pytest.mark.parametrize("side", [64, 160])
+def test_every_sample_has_another_crop_in_every_epoch(side: int, tmp_path: Path) -> None:
+    """Of one picture, decoded in memory or by workers: equal images can only be equal crops."""
+    path, count, epochs = str(tmp_path / "one.png"), 24, 3
+    image("one", side).save(path)
+    samples: DecodedImages | ImageFiles
+    if side == 64:
+        pixels = TF.pil_to_tensor(image("one", side))[None]
+        samples = DecodedImages(pixels, torch.zeros(count, dtype=torch.int64), [])
+    else:
+        samples = ImageFiles(Split([path] * count, [0] * count), SIDE, SEED, train=True)
+    loader = batches(samples)
+    crops = [crop for e in range(epochs) for batch in loader.epoch(e) for crop in batch.images]
+    assert len({crop.numpy().tobytes() for crop in crops}) == len(crops) == epochs * count
+
+
+def test_model_best_is_the_first_epoch_of_the_best_accuracy(tmp_path: Path) -> None:
+    """Also after a resume. The accuracies are given, the rest is a run's own."""
+    make_dataset(tmp_path / "set")
+    output = tmp_path / "output" / "resnet"
+    for accuracies, more in (("40,60,60,50", ()), ("60,55", ("--resume", "auto"))):
+        flags = (*COMMON, "--epochs", 4 + len(more), *more)
+        result = run("tests/process_probe.py", "best", accuracies, *flags, cwd=tmp_path, env=PROBE)
+        assert result.code == 0, result
+        best, latest = (read(output / name) for name in ("model_best.pth", "checkpoint.pth"))
+        assert (latest["epoch"], latest["best_acc1"]) == (4 + len(more), 60.0)
+        assert (best["epoch"], best["best_acc1"]) == (2, 60.0)
