@@ -27,7 +27,8 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
 
 demo: $(VENV)/.run
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml resnet_main.py sample \
-	  --stem stock --epochs 5 -b 32 --lr 0.02 --lr-schedule cosine --seed 1 --output-dir $(DEMO)
+	  --stem stock --epochs 5 -b 32 --lr 0.02 --lr-schedule cosine --seed 1 --output-dir $(DEMO) \
+	  --overwrite
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml resnet_main.py sample \
 	  --evaluate --resume $(DEMO)/model_best.pth
 	@echo

@@ -13,6 +13,10 @@ sample, stems stride1 (a) and stock (b), with `--data sample --classes all`:
 
 from __future__ import annotations
 
+from engine.exits import run_script  # before what is slow: see there
+
+# isort: split
+
 import argparse
 import csv
 import re
@@ -28,9 +32,8 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.checkpoints import load
-from engine.cli import ArgumentParser, UserError, non_negative_int, positive_int
-from engine.exits import run_script
-from engine.files import check_writable, writing
+from engine.cli import ArgumentParser, UserError, non_negative_int, nonempty, pathname, positive_int
+from engine.files import check_writable, refuse_clashes, writing
 from engine.launch import build_accelerator
 from image_classification.cache import BadImageError, open_image, refuse_bad_images
 from image_classification.checkpoint import count_classes, refuse_other_classes, restore_model
@@ -58,11 +61,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("Copy the images on which two models disagree")
     add = parser.add_argument
     # fmt: off
-    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="a.pth and b.pth")
-    add("--data", default=str(TINY_IMAGENET), metavar="DIR", help="dataset, or `sample`")
+    add("checkpoints", nargs="*", type=pathname, metavar="CHECKPOINT", help="a.pth and b.pth")
+    add("--data", type=nonempty, default=str(TINY_IMAGENET), metavar="DIR",
+        help="dataset, or `sample`")
     add("--classes", nargs="+", default=["0", "1"], metavar="CLASS",
         help="numbers or names of classes, =NAME for a name that is a number, or all")
-    add("--output-dir", default=Path("diff"), type=Path, metavar="DIR",
+    add("--output-dir", default=Path("diff"), type=pathname, metavar="DIR",
         help="replaced when it holds an earlier output")
     add("--misclassified", action="store_true", help="copy the images that a model gets wrong")
     add("-a", "--arch", nargs="+", metavar="ARCH",
@@ -93,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     accelerator = build_accelerator()
     if accelerator.is_main_process:
+        inputs = [("CHECKPOINT", path) for path in args.checkpoints]
+        inputs += [("--data", Path(args.data, split)) for split in ("train", "val")]
+        refuse_clashes(folders=[("--output-dir", args.output_dir)], inputs=inputs)
         refuse_foreign(args.output_dir)
     paths: list[Path] = args.checkpoints
     contents = [load(path) for path in paths]
@@ -148,7 +155,7 @@ def refuse_foreign(folder: Path) -> None:
             f"{folder} holds what this script did not write ({foreign[0]}): "
             "choose another --output-dir"
         )
-    check_writable(folder.parent, "--output-dir")
+    check_writable(folder.parent, "--output-dir", folder.name)
 
 
 def choose(names: list[str], classes: list[str]) -> set[int]:

@@ -10,6 +10,10 @@ The default is the forward pass of one word: 145 nodes, and 13,828,878 parameter
 
 from __future__ import annotations
 
+from engine.exits import run_script  # before what is slow: see there
+
+# isort: split
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +24,8 @@ import torchviz
 from torch import nn
 
 from engine import checkpoints
-from engine.cli import ArgumentParser, UserError
-from engine.exits import run_script
-from engine.files import check_writable, writing
+from engine.cli import ArgumentParser, UserError, filename, pathname
+from engine.files import check_outputs, writing
 from image_classification.checkpoint import restore_model as restore_classifier
 from image_classification.model import DEFAULT, default_spec
 from image_classification.model import build_model as build_classifier
@@ -46,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     which.add_argument("--resnet", action="store_const", dest="arch", const=DEFAULT.arch,
                        help=f"the classifier {DEFAULT.arch}")
     which.add_argument("-a", "--arch", metavar="ARCH", help="any classifier")
-    which.add_argument("--checkpoint", type=Path, metavar="PATH",
+    which.add_argument("--checkpoint", type=pathname, metavar="PATH",
                        help="the model that it holds, of resnet_main.py or lm_main.py")
     add("--format", choices=FORMATS, help="else the output's, else pdf")
-    add("--output", type=Path, metavar="PATH", help="else MODEL_arch.FORMAT")
+    add("--output", type=filename, metavar="PATH", help="else MODEL_arch.FORMAT")
     add("--show-shapes", action="store_true",
         help="sizes and saved tensors of every operation, beside those of the parameters")
     # fmt: on
@@ -59,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     file_format = args.format or (suffix if suffix in FORMATS else "pdf")
     name, model, output = trace(args.model, args.arch, args.checkpoint)
     path = args.output or Path(f"{name.lower()}_arch.{file_format}")
-    check_writable(path.absolute().parent, "--output")
+    outputs = [("--output", output) for output in {path, path.with_suffix(".gv")}]
+    check_outputs(outputs, inputs=[("--checkpoint", args.checkpoint)] if args.checkpoint else [])
 
     # torchviz walks the graph recursively, a few frames for each operation.
     sys.setrecursionlimit(100_000)

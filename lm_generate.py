@@ -14,6 +14,10 @@ At the default sizes two CPU cores write a word in 2.2 ms, the thousandth as fas
 
 from __future__ import annotations
 
+from engine.exits import run_script  # before what is slow: see there
+
+# isort: split
+
 import argparse
 import contextlib
 import sys
@@ -23,9 +27,8 @@ from typing import TextIO
 
 import torch
 
-from engine.cli import ArgumentParser, UserError, non_negative_int, positive_int
-from engine.exits import run_script
-from engine.files import check_writable, writing
+from engine.cli import ArgumentParser, UserError, non_negative_int, nonempty, pathname, positive_int
+from engine.files import check_outputs, writing
 from engine.streams import product
 from word_language_model.checkpoint import load, restore_model
 from word_language_model.model import MAX_POSITIONS, MODELS, LanguageModel
@@ -48,9 +51,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     # fmt: off
     add("--data", help="accepted and not needed: the vocabulary is in the checkpoint")
     add("--model", choices=MODELS, help="what the checkpoint should hold")
-    add("--checkpoint", type=Path, default=Path("model.pt"), metavar="PATH",
+    add("--checkpoint", type=pathname, default=Path("model.pt"), metavar="PATH",
         help="model of lm_main.py")
-    add("--outf", default="generated.txt", metavar="PATH",
+    add("--outf", type=nonempty, default="generated.txt", metavar="PATH",
         help="for the text, - for standard output")
     add("--words", type=positive_int, default=1000, metavar="N", help="words to generate")
     add("--seed", type=non_negative_int, default=1111, help="random seed")
@@ -147,9 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, flag):
             print(f"=> --{flag} changes nothing: a GPU is used where there is one", file=report)
     if args.outf != "-":
-        if Path(args.outf).is_dir():
-            raise UserError(f"--outf {args.outf}: is a directory, and a file is wanted")
-        check_writable(Path(args.outf).parent, "--outf")
+        check_outputs([("--outf", Path(args.outf))], inputs=[("--checkpoint", args.checkpoint)])
 
     checkpoint = load(args.checkpoint)
     if args.model is not None and args.model != checkpoint["model"]:

@@ -2,7 +2,7 @@
 
     accelerate launch --config_file accelerate_configs/gpu4.yaml lm_main.py --epochs 6 --tied
     python lm_main.py --model Transformer --lr 5             # no launcher; or --model CNN
-    python lm_main.py --data sample --epochs 3               # built-in text, no download
+    python lm_main.py --data sample --save sample.pt         # built-in text, no download
     python lm_main.py --evaluate --resume model.pt
 
 pytorch/examples' word_language_model/main.py with the devices left to Accelerate: the flags, the
@@ -15,6 +15,10 @@ tied LSTM, 447 after four of the Transformer (README.md, "Results", has the comm
 """
 
 from __future__ import annotations
+
+from engine.exits import Stopped, run_script  # before what is slow: see there
+
+# isort: split
 
 import argparse
 import math
@@ -30,20 +34,25 @@ from torch import nn
 from tqdm import tqdm
 
 from engine import cli
-from engine.checkpoints import Checkpoint, find
-from engine.exits import Stopped, run_script
-from engine.files import check_writable
 from engine.graphs import GraphedStep, Step
 from engine.launch import build_accelerator, describe_run, keep_freed_memory
 from engine.metrics import sum_dtype
 from engine.run import Run
 from engine.seeds import seed_generators, use_deterministic_kernels
-from word_language_model.checkpoint import load, refuse_other_words
+from word_language_model.checkpoint import refuse_other_words
 from word_language_model.data import WIKITEXT, batchify, load_corpus, segment_count, segments
-from word_language_model.export import check_exporter, export_onnx
+from word_language_model.export import export_onnx
 from word_language_model.kernels import loss as decoded_loss
 from word_language_model.model import DEFAULT_KERNEL_SIZE, MODELS, LanguageModel
-from word_language_model.training import SETTINGS, dry, make_run, set_up, settle, take_best
+from word_language_model.training import (
+    SETTINGS,
+    dry,
+    find_checkpoint,
+    make_run,
+    set_up,
+    settle,
+    take_best,
+)
 
 EVAL_BATCH_SIZE = 10
 RULE = 89  # characters of a line between epochs
@@ -54,7 +63,7 @@ def make_parser() -> cli.ArgumentParser:
     add = parser.add_argument
     # A table, one flag after another: the formatter would give every argument a line of its own.
     # fmt: off
-    add("--data", metavar="DIR", default=str(WIKITEXT),
+    add("--data", type=cli.nonempty, metavar="DIR", default=str(WIKITEXT),
         help="folder of the corpus, or `sample` for the built-in one")
     add("--model", choices=MODELS, default="LSTM", help="type of network")
     add("--emsize", type=cli.positive_int, default=200, help="size of word embeddings")
@@ -73,20 +82,22 @@ def make_parser() -> cli.ArgumentParser:
     add("--seed", type=cli.non_negative_int, default=1111, help="random seed")
     add("--log-interval", type=cli.positive_int, default=200, metavar="N",
         help="steps between two lines")
-    add("--save", type=Path, default=Path("model.pt"), metavar="PATH",
-        help="the best model; the state of the run is put beside it as STEM.checkpoint.pt")
-    add("--onnx-export", type=Path, metavar="PATH", help="also write the best model as ONNX")
+    add("--save", type=cli.filename, default=Path("model.pt"), metavar="PATH",
+        help="the best model; the run's state is put beside it, model.checkpoint.pt for model.pt")
+    add("--onnx-export", type=cli.filename, metavar="PATH",
+        help="also write the best model as ONNX")
     add("--nhead", type=cli.positive_int, default=2, help="attention heads of the Transformer")
     add("--kernel-size", type=cli.positive_int, default=DEFAULT_KERNEL_SIZE, help="of the CNN")
     add("--dry-run", action="store_true", help="one step and one evaluation; keeps no file")
     add("--use-optimizer", action="store_true", help="AdamW instead of plain SGD")
     # The original's end here; these are new.
-    add("--resume", type=Path, metavar="PATH",
+    add("--resume", type=cli.pathname, metavar="PATH",
         help="checkpoint to continue or to evaluate, or `auto` for the newest whole one beside "
         "--save, if there is one")
+    add("--overwrite", action="store_true", help="begin anew where a run is")
     add("--evaluate", action="store_true",
         help="evaluate --resume, or else --save, on the validation and test texts and exit")
-    add("--log-dir", type=Path, metavar="DIR", help="for TensorBoard, else STEM.logs")
+    add("--log-dir", type=cli.pathname, metavar="DIR", help="for TensorBoard, else model.logs")
     add("--checkpoint-every", type=cli.non_negative_int, default=0, metavar="STEPS",
         help="also checkpoint within an epoch; 0: at its end only")
     add("--compile", action="store_true", help="torch.compile the model")
@@ -107,11 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag in ("cuda", "accel"):
         if getattr(args, flag):
             accelerator.print(f"=> --{flag} changes nothing: devices are the launcher's business")
-    asked = args.resume or (args.save if args.evaluate else None)
-    args.resume = find(asked, run.latest, accelerator, needed=args.evaluate)
-    checkpoint = load(args.resume) if args.resume else Checkpoint()
+    checkpoint = find_checkpoint(run, args)
     spec = settle(parser, args, checkpoint, accelerator)
-    check_outputs(run, args)
 
     with accelerator.local_main_process_first():  # a node's first process downloads
         corpus = load_corpus(args.data)
@@ -143,22 +151,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"The model is also exported in ONNX format at {args.onnx_export.resolve()}.")
     if run.stopped is not None:
         raise run.stopped
-
-
-def check_outputs(run: Run, args: argparse.Namespace) -> None:
-    """Find out before hours of training that something cannot be written."""
-    if args.onnx_export:
-        check_exporter()
-    if not run.accelerator.is_main_process:
-        return
-    for flag, path in (("--save", args.save), ("--onnx-export", args.onnx_export)):
-        if path is None or (args.evaluate and path == args.save):
-            continue
-        if path.is_dir():
-            raise cli.UserError(f"{flag} {path}: is a directory, and a file is wanted")
-        check_writable(path.parent, flag)
-    if not args.evaluate:
-        check_writable(run.log_dir, "--log-dir")
 
 
 def fit(

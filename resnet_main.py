@@ -1,7 +1,7 @@
 """Train and evaluate image classifiers on Tiny-ImageNet, on a CPU, a GPU or several.
 
     accelerate launch --config_file accelerate_configs/gpu4.yaml resnet_main.py
-    python resnet_main.py sample --epochs 5 -b 64            # built-in data, no launcher
+    python resnet_main.py sample --output-dir output/sample  # built-in data, no launcher
     python resnet_main.py -e --resume output/resnet/model_best.pth
 
 pytorch/examples' imagenet/main.py with the process-group code left to Accelerate: the flags, the
@@ -14,6 +14,10 @@ images/s: Acc@1 44.4, Acc@5 79.0 (README.md, "Results", has the command).
 
 from __future__ import annotations
 
+from engine.exits import run_script  # before what is slow: see there
+
+# isort: split
+
 import argparse
 import math
 from collections.abc import Sequence
@@ -25,9 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import cli
-from engine.checkpoints import Checkpoint, find, load
-from engine.exits import run_script
-from engine.files import check_writable
+from engine.checkpoints import Checkpoint, load
 from engine.graphs import GraphedStep, Step
 from engine.launch import build_accelerator, describe_run, keep_freed_memory
 from engine.metrics import Sums
@@ -55,7 +57,7 @@ def make_parser() -> cli.ArgumentParser:
     add = parser.add_argument
     # A table, one flag after another: the formatter would give every argument a line of its own.
     # fmt: off
-    add("data", metavar="DIR", nargs="?", default=str(TINY_IMAGENET),
+    add("data", type=cli.nonempty, metavar="DIR", nargs="?", default=str(TINY_IMAGENET),
         help="folder of the dataset, or `sample` for the built-in one")
     add("-a", "--arch", metavar="ARCH", default=DEFAULT.arch,
         help=f"model architecture: {' | '.join(ARCHITECTURES)}")
@@ -73,9 +75,10 @@ def make_parser() -> cli.ArgumentParser:
         metavar="W", help="of all parameters")
     add("-p", "--print-freq", type=cli.positive_int, default=10, metavar="N",
         help="steps between two lines")
-    add("--resume", type=Path, metavar="PATH",
+    add("--resume", type=cli.pathname, metavar="PATH",
         help="checkpoint to continue or to evaluate, or `auto` for the newest whole one of "
         "--output-dir, if there is one")
+    add("--overwrite", action="store_true", help="begin anew where a run is")
     add("-e", "--evaluate", action="store_true", help="evaluate on the validation set and exit")
     add("--pretrained", action="store_true",
         help="start from torchvision's ImageNet weights; with its stem unless --stem is given")
@@ -88,9 +91,9 @@ def make_parser() -> cli.ArgumentParser:
     add("--stem", choices=STEMS, default=DEFAULT.stem,
         help="first layers of a ResNet: stock is torchvision's 7x7 of stride 2, stride1 the same "
         "at stride 1, cifar a 3x3 without pooling")
-    add("--output-dir", type=Path, default=Path("output/resnet"), metavar="DIR",
+    add("--output-dir", type=cli.pathname, default=Path("output/resnet"), metavar="DIR",
         help="for checkpoint.pth and model_best.pth")
-    add("--log-dir", type=Path, metavar="DIR", help="for TensorBoard, else OUTPUT_DIR/logs")
+    add("--log-dir", type=cli.pathname, metavar="DIR", help="for TensorBoard, else OUTPUT_DIR/logs")
     add("--download", action=argparse.BooleanOptionalAction, default=True,
         help="fetch Tiny-ImageNet when its default DIR is missing")
     add("--lr-schedule", choices=("step", "cosine"), default="step",
@@ -124,11 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory(2**25)  # a faster loader, for more memory: README, Speed
     run = make_run(accelerator, args)
     accelerator.print(describe_run(accelerator))
-    if not args.evaluate and accelerator.is_main_process:
-        check_writable(args.output_dir, "--output-dir")
-        check_writable(run.log_dir, "--log-dir")
-
-    args.resume = find(args.resume, run.latest, accelerator, needed=args.evaluate)
+    splits = [("DIR", Path(args.data, split)) for split in ("train", "val")]
+    run.claim(args.resume, args.evaluate, inputs=splits)
+    args.resume = run.find(args.resume, args.evaluate, args.overwrite)
     checkpoint = load(args.resume) if args.resume else Checkpoint()
     settle(parser, args, checkpoint, accelerator)
     data = find_data(accelerator, args)
@@ -181,8 +182,6 @@ def fit(
     for group in optimizer.param_groups:
         group["initial_lr"] = args.lr  # of the original's scheduler
     train_step = training_step(run, model, optimizer, args)
-    # `best_acc1` may come from another folder, which then still needs a `model_best.pth`.
-    has_best = run.best.exists()
     with run.training(contents):
         for epoch in run.epochs(args.epochs):
             lr = learning_rate(epoch, args)
@@ -190,9 +189,8 @@ def fit(
             train, rate = train_epoch(run, model, train_step, train_loader, args)
             val = evaluate(run, model, val_loader, args)
             accelerator.print(val)
-            is_best = val.acc1 > run.values["best_acc1"] or not has_best
+            is_best = val.acc1 > run.values["best_acc1"]
             run.values["best_acc1"] = max(val.acc1, run.values["best_acc1"])
-            has_best = True
             run.end_of_epoch(
                 {
                     "Loss/train": train.loss,

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import safetensors.torch
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from engine.cli import UserError
@@ -126,6 +125,7 @@ def save(
     target = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path = Path(os.path.realpath(path))  # some systems' hard links are to a link itself
         with contextlib.ExitStack() as afterwards:
             if previous is not None:
                 # A temporary second name, renamed to `previous` after `path` has its new file:
@@ -223,45 +223,22 @@ def _to_host(value: Any, copied: dict[object, torch.Tensor]) -> Any:
     return value
 
 
-def find(
-    asked: Path | None, latest: Path, accelerator: Accelerator, *, needed: bool
-) -> Path | None:
-    """What `--resume` means: the path asked for; for `auto` the newest whole checkpoint, or None.
+def newest_whole(paths: Sequence[Path]) -> Path:
+    """The first of `paths`, which begin with the newest, that is whole; the others are named.
 
     Raises:
-        UserError: when there are checkpoints and all are damaged, or none is there and `needed`.
+        UserError: all are damaged.
     """
-    if asked is None or str(asked) != "auto":
-        return asked
-    # The main process decides: the others may see an older state of a network disk.
-    answer: list[Path | UserError | None] = [None]
-    if accelerator.is_main_process:
-        answer = [_newest_whole(latest)]
-    broadcast_object_list(answer)
-    found = answer[0]
-    if isinstance(found, UserError):
-        raise found
-    if found is None and needed:
-        raise UserError(f"no checkpoint {latest} to evaluate: name one with --resume")
-    if found is None:
-        accelerator.print(f"=> no checkpoint {latest}: starting afresh")
-    return found
-
-
-def _newest_whole(latest: Path) -> Path | UserError | None:
     problems = []
-    for path in (latest, previous_of(latest)):
-        if path.exists():
-            try:
-                load(path)
-                return path
-            except UserError as error:
-                problems.append(str(error))
-                print(f"=> {error}")
-    if not problems:
-        return None
+    for path in paths:
+        try:
+            load(path)
+            return path
+        except UserError as error:
+            problems.append(str(error))
+            print(f"=> {error}")
     damaged = "; ".join(problems)
-    return UserError(f"{damaged}: no whole checkpoint is left; move these away to start afresh")
+    raise UserError(f"{damaged}: no whole checkpoint is left; move these away to start afresh")
 
 
 def load(path: Path) -> Checkpoint:

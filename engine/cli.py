@@ -78,6 +78,22 @@ class ArgumentParser(argparse.ArgumentParser):
             setattr(args, name, value)
 
 
+def nonempty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: a variable that is not set?")
+    return text
+
+
+def pathname(text: str) -> Path:
+    return Path(nonempty(text))
+
+
+def filename(text: str) -> Path:
+    if pathname(text).name in ("", ".."):
+        raise argparse.ArgumentTypeError(f"{text} is a directory, and a file is wanted")
+    return Path(text)
+
+
 def positive_int(text: str) -> int:
     return _at_least(1, int(text))
 

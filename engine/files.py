@@ -1,18 +1,27 @@
-"""Files that are whole or absent: atomic writes, verified downloads, safe unpacking."""
+"""Files that are whole or absent: atomic writes, verified downloads, safe unpacking.
+
+And where a command may write: no two of its paths are one file, no two runs have one place.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import hashlib
 import http.client
 import os
 import shutil
 import socket
+import stat
+import tempfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from tqdm import tqdm
 
@@ -28,10 +37,24 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
 
     The block writes a file or a directory there. When it raises, the temporary is removed and
     `path` stays as it was. Temporaries of killed processes are removed by the next write. A
-    directory that another process has put at `path` meanwhile stays.
+    directory that another process has put at `path` meanwhile stays. A link is followed: its
+    target is replaced. A device or a pipe is given the content of the temporary, which then lies
+    in the system's temporary folder. A directory with a file of `path`'s name is that file with
+    others that it needs: they are put beside it, and the file itself last.
     """
+    if _is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, path.name)
+            yield temporary
+            parts = list(temporary.iterdir()) if temporary.is_dir() else [temporary]
+            if len(parts) > 1:
+                raise UserError(f"{path} takes one file, and this needs {len(parts)}")
+            with parts[0].open("rb") as content, path.open("wb") as stream:
+                shutil.copyfileobj(content, stream)
+        return
+    path = Path(os.path.realpath(path))
     prefix = f".{path.name}.{socket.gethostname()}-"
-    for stale in path.parent.glob(f"{prefix}*.tmp"):
+    for stale in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
         owner = stale.name.removeprefix(prefix).removesuffix(".tmp")
         if owner.isdigit() and not _is_running(int(owner)):
             _remove(stale)
@@ -39,19 +62,37 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
-        if temporary.is_dir():
-            if not path.exists():
-                temporary.rename(path)
-        else:
-            with temporary.open("rb+") as written:
-                os.fsync(written.fileno())
-            temporary.replace(path)
+        if (temporary / path.name).is_file():
+            path.unlink(missing_ok=True)  # it may need files of the same names
+            for part in sorted(temporary.iterdir(), key=lambda part: part.name == path.name):
+                _replace(part, path.with_name(part.name))
+        elif not temporary.is_dir():
+            _replace(temporary, path)
+        elif not path.exists():
+            temporary.rename(path)
         # Until the directory is synchronised, a power failure may undo the rename.
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)
         os.close(directory)
     finally:
         _remove(temporary)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    with temporary.open("rb+") as written:
+        os.fsync(written.fileno())
+    temporary.replace(path)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether `path` is a device or a pipe, which a rename would replace."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if stat.S_ISSOCK(mode):
+        raise UserError(f"{path} is a socket, and a file is wanted")
+    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode) or stat.S_ISFIFO(mode)
 
 
 @contextlib.contextmanager
@@ -82,21 +123,133 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_writable(directory: Path, flag: str) -> None:
+def check_writable(directory: Path, flag: str, name: str = "test") -> None:
     """Make `directory` and write to it now rather than after hours of training.
 
+    Args:
+        name: of the file that will be put there.
+
     Raises:
-        UserError: when it cannot be made or written; names the flag that chooses another.
+        UserError: when it cannot be made or written, or the name is too long; names the flag that
+            chooses another.
     """
-    probe = directory / f".write-test-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        # As long as a temporary's name can be.
+        probe = directory / f".{name}.{socket.gethostname()}-{os.getpid():07d}.try"
         probe.write_bytes(b"x" * 4096)
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"cannot write to {directory}: {error.strerror}; choose another with {flag}"
-        ) from error
+        where = directory if name == "test" else directory / name
+        raise _unwritable(where, error, flag) from error
+
+
+def _unwritable(path: Path, error: OSError, flag: str) -> UserError:
+    return UserError(f"cannot write to {path}: {error.strerror}; choose another with {flag}")
+
+
+Named = tuple[str, Path]  # a path and the flag that chooses it
+
+
+def refuse_clashes(
+    files: Sequence[Named] = (), folders: Sequence[Named] = (), inputs: Sequence[Named] = ()
+) -> None:
+    """Compare the paths of a command: what it writes (files and folders) and what it reads.
+
+    Raises:
+        UserError: two outputs, or an output and an input, are one file, whatever their names; an
+            output lies in another output that is a file, or in an input that is a folder.
+    """
+    outputs, others = [*files, *folders], [*files, *inputs]
+    for number, (flag, path) in enumerate(outputs):
+        for other_flag, other in [*outputs[number + 1 :], *inputs]:
+            if same_place(path, other):
+                raise UserError(f"{flag} {path} is the file of {other_flag} too: choose another")
+        above = [_place(folder) for folder in Path(os.path.realpath(path)).parents]
+        for other_flag, other in others:
+            if _place(other) in above:
+                raise UserError(f"{flag} {path} lies in {other_flag} {other}: choose another")
+
+
+def check_outputs(
+    files: Sequence[Named], folders: Sequence[Named] = (), inputs: Sequence[Named] = ()
+) -> None:
+    """Find out, before a command writes anything, whether it can write all that it will.
+
+    Raises:
+        UserError: what `refuse_clashes` refuses; a directory where a file is wanted; a name that
+            is too long; a folder that cannot be made or written.
+    """
+    refuse_clashes(files, folders, inputs)
+    for flag, path in files:
+        try:
+            if path.is_dir():
+                raise UserError(f"{flag} {path}: is a directory, and a file is wanted")
+            if _is_stream(path):
+                continue
+        except OSError as error:
+            raise _unwritable(path, error, flag) from error
+        if path.is_symlink():
+            path = Path(os.path.realpath(path))
+        check_writable(path.parent, flag, path.name)
+    for flag, path in folders:
+        check_writable(path, flag)
+
+
+def same_place(one: Path, other: Path) -> bool:
+    """Whether two paths are one, through links, mounts and other spellings."""
+    return _place(one) == _place(other)
+
+
+def _place(path: Path) -> object:
+    real = Path(os.path.realpath(path))
+    try:
+        folder = real.parent.stat()
+    except OSError:  # it is made later
+        return real
+    return folder.st_dev, folder.st_ino, real.name
+
+
+def lock(path: Path, flag: str, patience: float) -> IO[str] | None:
+    """Lock the file at `path`, which is made, for as long as this process lives.
+
+    Of the kinds of locks that there are, POSIX's die with the process that took them, even when
+    its workers live on, and network disks pass them on. Where a file system, or Windows, has none
+    of them, nothing is locked.
+
+    Args:
+        patience: seconds in which an earlier process may end.
+
+    Returns:
+        The file, which is to be kept open.
+
+    Raises:
+        UserError: another process has locked it; names the flag that chooses another place.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = path.open("a+")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return None
+        if time.monotonic() > deadline:
+            file.seek(0)
+            raise UserError(
+                f"another run ({file.read() or 'just started'}) writes to {path.parent}: wait for "
+                f"its end, or choose another place with {flag}"
+            )
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def download(url: str, path: Path, *, size: int, digest: str) -> None:

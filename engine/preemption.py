@@ -38,10 +38,14 @@ class Preemption:
         self.group: Any = dist.new_group(backend="gloo") if several else None
         self.pending: tuple[torch.Tensor, Any] | None = None
         for signum in STOP_SIGNALS:
-            signal.signal(signum, self._note)
+            # Ignored by nohup: the run is to outlive its terminal.
+            if signum.name != "SIGHUP" or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self._note)
         # cluster/slurm_task.sh blocks them: a signal that came during the start arrives now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+        # Set by `accelerate launch` and torchrun, and by nobody by hand. Without them the parent is
+        # a shell, whose end means nothing.
+        launched = {"ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
         if launched and sys.platform == "linux":
             pr_set_pdeathsig = 1  # of linux/prctl.h
             ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
@@ -62,27 +66,28 @@ class Preemption:
         self.is_deferred = True
         try:
             yield
-            if self.pending is not None:
-                self.pending[1].wait()
         finally:
             self.is_deferred = False
 
-    def check(self) -> None:
+    def check(self, is_last: bool = False) -> None:
         """Raise `Stopped` when a signal has come to any process; all call it equally often.
 
         Several processes learn here what was known at the call before, so that none waits.
+
+        Args:
+            is_last: wait for what is known now, as there is no next call.
         """
         agreed = self.signum
         if self.group is not None:
-            before = self.pending
-            # The highest number wins: SIGTERM over SIGUSR1 over SIGINT.
+            # The highest number wins: SIGTERM over SIGUSR1 over SIGINT over SIGHUP.
             flag = torch.tensor([self.signum])
             work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
-            self.pending = flag, work
+            known = [self.pending, (flag, work) if is_last else None]
+            self.pending = None if is_last else (flag, work)
             agreed = 0
-            if before is not None:
-                before[1].wait()
-                agreed = int(before[0])
+            for sent in filter(None, known):
+                sent[1].wait()
+                agreed = max(agreed, int(sent[0]))
         if agreed:
             # This process's own signal may still be on its way: it is the same request.
             self.signum, self.since = agreed, time.monotonic()

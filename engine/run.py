@@ -14,22 +14,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
+import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 
-from engine.checkpoints import Checkpoint, Writer
+from engine.checkpoints import Checkpoint, Writer, load, newest_whole, previous_of
 from engine.cli import UserError
 from engine.exits import Stopped
+from engine.files import Named, check_outputs, lock, same_place, whole_or_absent
 from engine.metrics import Curves, Sums, diverged
 from engine.preemption import Preemption
 from engine.streams import fall_back_to_stderr
+
+# Seconds in which a run that was told to stop writes its checkpoint: its launcher may be gone
+# before it, and a batch script start the next one.
+PATIENCE = 30.0
 
 
 @dataclasses.dataclass
@@ -40,17 +47,26 @@ class Run:
     latest: Path  # where the state of the run is saved
     best: Path  # where the best epoch is kept as well
     log_dir: Path  # of TensorBoard
+    flag: str  # which chooses `latest` and `best`
     values: dict[str, Any]  # what only the job keeps: plain values, under its checkpoint's keys
+    figure: str  # which of them says how good the best epoch is
+    best_of: Callable[[Path], Path]  # where the run whose state is at a path keeps its best epoch
     width: int  # number of sums
+    former: Path | None = None  # where earlier versions of the kit kept `latest`
     average: bool = False  # see `Sums`
     first_epoch: int = 0  # how the job numbers its first epoch, in lines and curves
     checkpoint_every: int = 0  # steps within an epoch; 0 for its end only
+    is_dry: bool = False  # whether it keeps nothing
     epoch: int = 0  # epochs that are done, and so the number, from 0, of the one under way
     step: int = 0  # steps that are done in it
     sums: Sums | None = None  # of the epoch under way
     graphed: bool = False  # whether its steps are replayed as CUDA graphs
     stopped: Stopped | None = None  # what ended the training before its last epoch
     resumed: Path | None = None  # the checkpoint that the run goes on from
+    is_own: bool = False  # whether that is one of this run's own files
+    is_best: bool = False  # whether it holds the best epoch
+    has_best: bool = False  # whether `best` does
+    lock: IO[str] | None = None  # what keeps another run away, on the main process
     carried: list[list[float]] | None = None  # sums of its unfinished epoch
     writer: Writer | None = None  # within `training`
 
@@ -61,6 +77,100 @@ class Run:
     def number(self) -> int:
         """The epoch under way as lines and curves number it."""
         return self.epoch + self.first_epoch
+
+    def claim(
+        self,
+        asked: Path | None,
+        evaluates: bool,
+        outputs: Sequence[Named] = (),
+        inputs: Sequence[Named] = (),
+    ) -> None:
+        """Check all paths of a command before it writes anything, and keep other runs away.
+
+        Args:
+            asked: `--resume`.
+            outputs: files that the command writes beside those of the run.
+            inputs: files that it reads, but `asked`.
+
+        Raises:
+            UserError: what `check_outputs` refuses; another run that is under way here.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        own = [(self.flag, path) for path in self.files]
+        if asked and (evaluates or not any(same_place(asked, path) for path in self.files)):
+            inputs = [*inputs, ("--resume", asked)]
+        if evaluates:
+            check_outputs(outputs, inputs=inputs)
+            return
+        check_outputs([*own, *outputs], [("--log-dir", self.log_dir)], inputs)
+        if not self.is_dry:
+            place = Path(os.path.realpath(self.latest))
+            patience = PATIENCE if str(asked) == "auto" else 0
+            self.lock = lock(place.with_name(f".{place.name}.lock"), self.flag, patience)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.latest, previous_of(self.latest), self.best
+
+    def find(self, asked: Path | None, evaluates: bool, overwrite: bool = False) -> Path | None:
+        """What `--resume` means: the path asked for; for `auto` the newest whole one, or None.
+
+        Raises:
+            UserError: a fresh start where a run is, unless `overwrite`; for `auto` checkpoints that
+                are all damaged, or none, and the command evaluates.
+        """
+        answer: list[Any] = [None, False]
+        # The main process decides: the others may see an older state of a network disk.
+        if self.accelerator.is_main_process:
+            try:
+                answer = list(self._find(asked, evaluates, overwrite))
+            except UserError as error:
+                answer = [error, False]
+        broadcast_object_list(answer)
+        if isinstance(answer[0], UserError):
+            raise answer[0]
+        found: Path | None = answer[0]
+        self.is_own = answer[1]
+        return found
+
+    def _find(
+        self, asked: Path | None, evaluates: bool, overwrite: bool
+    ) -> tuple[Path | None, bool]:
+        if overwrite and str(asked) == "auto":
+            raise UserError("--overwrite begins anew and --resume auto goes on: give one of them")
+        there = [path for path in self.files if os.path.isfile(path)]  # noqa: PTH113
+        if str(asked) != "auto":
+            is_own = asked is not None and any(same_place(asked, path) for path in there)
+            if there and not (is_own or evaluates or overwrite or self.is_dry):
+                raise UserError(
+                    f"{there[0]} is of an earlier run: --resume auto goes on from it, --overwrite "
+                    f"replaces it, and another {self.flag} leaves it alone"
+                )
+            return asked, is_own
+        latest = [path for path in there if path != self.best] or self._formerly() or there
+        if latest:
+            return newest_whole(latest), True
+        if evaluates:
+            raise UserError(f"no checkpoint {self.latest} to evaluate: name one with --resume")
+        print(f"=> no checkpoint {self.latest}: starting afresh")
+        return None, False
+
+    def _formerly(self) -> list[Path]:
+        """The state of this run under the names of an earlier version, if `best` shows it."""
+        if self.former is None or not self.former.is_file():
+            return []
+        if not self._are_of_one_run(self.former, self.best):
+            print(f"=> {self.former} may be another run's: --resume {self.former} goes on from it")
+            return []
+        return [path for path in (self.former, previous_of(self.former)) if path.is_file()]
+
+    def _are_of_one_run(self, state: Path, best: Path) -> bool:
+        try:
+            figures = [load(path).get(self.figure) for path in (state, best)]
+        except UserError:
+            return False
+        return figures[0] is not None and figures[0] == figures[1]
 
     def resume(
         self,
@@ -92,6 +202,9 @@ class Run:
         self.carried = checkpoint.sums(self.width)
         checkpoint.load_optimizer(optimizer)
         self.resumed = checkpoint.path
+        # Earlier versions did not say it in the file.
+        by_name = not self.step and "checkpoint" not in self.resumed.name
+        self.is_best = self.figure in checkpoint and checkpoint.get("is_best", by_name) is True
         self.accelerator.print(
             f"=> loaded checkpoint '{self.resumed}' (epoch {self.epoch}, step {self.step})"
         )
@@ -114,17 +227,34 @@ class Run:
             contents: what the job adds to a checkpoint; every process calls it.
         """
         self.contents = contents
-        if self.resumed is None and self.latest.exists():
-            self.accelerator.print(
-                f"=> {self.latest} and {self.best} of an earlier run will be replaced at the first "
-                "epoch's end; --resume would continue it"
-            )
         self.curves = Curves(self.accelerator, self.log_dir, self.number)
         try:
             with Writer(self.latest, self.resumed) as self.writer, self.preemption.deferred():
+                self._carry_best()
                 yield
+                self.check(is_last=True)
         finally:
             self.writer = None
+
+    def _carry_best(self) -> None:
+        """Take the best epoch so far along when the run goes on from another place."""
+        self.has_best = self.is_own and self.best.is_file()
+        if self.resumed is None or self.is_own:
+            return
+        source = self.best_of(self.resumed)
+        if self.is_best:
+            self.save(self.best)
+        elif not self.accelerator.is_main_process:
+            return
+        elif source != self.resumed and self._are_of_one_run(self.resumed, source):
+            with whole_or_absent(self.best) as temporary:
+                shutil.copyfile(source, temporary)
+        else:
+            print(
+                f"=> {self.resumed} is without its best epoch: {self.best} begins with the next one"
+            )
+            return
+        self.has_best = True
 
     def is_done(self, count: int) -> bool:
         """Whether no epoch is left of `count`, which is said."""
@@ -159,8 +289,11 @@ class Run:
             self.save()
         self.check()
 
-    def check(self) -> None:
+    def check(self, is_last: bool = False) -> None:
         """Where a run can end: all processes call this after every step, of validation too.
+
+        Args:
+            is_last: whether no other call follows in which to stop.
 
         Raises:
             Stopped: when a signal came to any of them, in training once a checkpoint is on the
@@ -171,12 +304,13 @@ class Run:
         if self.stopped is not None:
             return
         try:
-            self.preemption.check()
+            self.preemption.check(is_last)
         except Stopped as stopped:
             self.stopped = stopped
             fall_back_to_stderr()
             if self.writer is not None:
-                self.save()
+                if self.sums is not None:  # else the epoch's end has just been saved
+                    self.save()
                 self.writer.wait()
                 # The first process to leave makes the launcher end the others.
                 self.accelerator.wait_for_everyone()
@@ -225,7 +359,8 @@ class Run:
         # and TensorBoard shows the later ones.
         self.curves.add(self.number, scalars)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, None
-        self.save(*([self.best] if is_best else []))
+        self.save(*([self.best] if is_best or not self.has_best else []))
+        self.has_best = True
 
     def save(self, *copies: Path) -> None:
         """Write a checkpoint; every process calls this, the main one writes."""
@@ -243,6 +378,7 @@ class Run:
                     "epoch": self.epoch,
                     "step": self.step,
                     "sums": sums,
+                    "is_best": bool(copies),
                     "state_dict": self.accelerator.unwrap_model(self.model).state_dict(),
                     "optimizer": optimizer,
                 },

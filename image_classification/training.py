@@ -52,7 +52,10 @@ def make_run(accelerator: Accelerator, args: argparse.Namespace) -> Run:
         latest=args.output_dir / "checkpoint.pth",
         best=args.output_dir / "model_best.pth",
         log_dir=args.log_dir or args.output_dir / "logs",
+        flag="--output-dir",
         values={"best_acc1": -1.0},  # in percent; below 0 before the first epoch's end
+        figure="best_acc1",
+        best_of=lambda latest: latest.with_name("model_best.pth"),
         width=4,  # what `batch_sums` returns
         checkpoint_every=args.checkpoint_every,
     )

@@ -220,7 +220,7 @@ def test_bad_input_is_one_line_and_touches_nothing(models: Path) -> None:
         ("--checkpoint", "heads.pt"): "heads.pt: --emsize 8 cannot be divided by --nhead 3",
         ("--checkpoint", "nan.pt"): "nan.pt: its weights give no finite likelihoods",
         ("--checkpoint", "GRU.pt", "--outf", "set"): "--outf set: is a directory",
-        ("--checkpoint", "GRU.pt", "--outf", "text/x"): "cannot write to text: File exists",
+        ("--checkpoint", "GRU.pt", "--outf", "text/x"): "cannot write to text/x: File exists",
     }
     for flags, message in cases.items():
         options = () if "--outf" in flags else ("--outf", "text")

@@ -273,9 +273,10 @@ def test_ctrl_c_tests_the_best_weights_and_the_run_can_go_on_to_the_same_bits(
 def test_ctrl_c_before_the_first_epochs_end_tests_the_last_weights(tmp_path: Path) -> None:
     make_corpus(tmp_path / "set", train=20_000)
     (tmp_path / "model.pt").write_text("of another run")
-    flags = ("--data", "set", *TINY, "--checkpoint-every", 5)
+    flags = ("--data", "set", *TINY, "--checkpoint-every", 5, "--overwrite")
     process = Running("lm_main.py", *flags, cwd=tmp_path, env={})
     while not (tmp_path / "model.checkpoint.pt").exists():
+        assert process.process.is_alive()
         time.sleep(0.01)
     assert process.process.pid is not None
     os.kill(process.process.pid, signal.SIGINT)
@@ -411,18 +412,18 @@ def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result])
         ("--batch_size", 0): "must be at least 1, not 0",
         ("--lr", "nan"): "must be a number from 0 on",
         ("--save", "set"): "--save set: is a directory",
-        ("--save", "file/model.pt"): "cannot write to file: File exists",
+        ("--save", "file/model.pt"): "cannot write to file/model.checkpoint.pt: File exists",
         ("--log-dir", "file"): "cannot write to file: File exists",
         ("--evaluate", "--save", "gone.pt"): "gone.pt: no such file",
         **{("--data", "set", "--resume", name): line for name, line in resumed.items()},
     }
     files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".std")]
     before = {p: p.read_bytes() for p in files}
+    options = ("--save", "elsewhere.pt")
     for flags, message in cases.items():
-        options = () if "--save" in flags else ("--save", "elsewhere.pt")
-        line = error_line(run("lm_main.py", *options, *flags, cwd=folder))
+        line = error_line(run("lm_main.py", *options, *flags, cwd=folder))  # the last --save wins
         assert message in line, (flags, line)
-    offline = run("lm_main.py", cwd=folder, env={"https_proxy": "http://127.0.0.1:9"})
+    offline = run("lm_main.py", *options, cwd=folder, env={"https_proxy": "http://127.0.0.1:9"})
     line = error_line(offline)
     assert "data/wikitext-2/train.txt is missing and cannot be downloaded" in line
     assert "or try the built-in corpus: --data sample" in line
@@ -445,5 +446,5 @@ def test_an_unfinished_epoch_is_resumed_with_its_own_batches(trained: tuple[Path
         ({"step": 106}, (), "epoch 1, step 106 of 105: damaged"),
     ):
         name = damage(folder / "model.checkpoint.pt", "part.pt", **{**middle, **changes})
-        result = run("lm_main.py", "--data", "set", "--resume", name, *flags, cwd=folder)
-        assert message in error_line(result)
+        flags = ("--data", "set", "--resume", name, "--save", "elsewhere.pt", *flags)
+        assert message in error_line(run("lm_main.py", *flags, cwd=folder))

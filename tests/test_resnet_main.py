@@ -92,7 +92,7 @@ def test_the_checkpoint_is_plain_data_and_rebuilds_the_model(trained: tuple[Path
     folder, result = trained
     output = folder / "output" / "resnet"
     names = {"checkpoint.pth", "checkpoint.previous.pth", "model_best.pth", "logs"}
-    assert {p.name for p in output.iterdir()} == names
+    assert {p.name for p in output.iterdir()} == names | {".checkpoint.pth.lock"}
     content = torch.load(output / "checkpoint.pth", weights_only=True)
     assert set(content) >= {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "scheduler"}
     assert (content["epoch"], content["step"], content["stem"]) == (2, 0, "stock")
@@ -193,7 +193,7 @@ def test_a_resume_that_would_not_be_the_same_run_is_refused_or_named(
         content = torch.load(folder / "odd" / "checkpoint.pth", weights_only=True)
         torch.save({**content, key: value}, folder / "bad.pth")
         flags = ["set", *FAST, "--seed", 1, "--epochs", 3, "--resume", "bad.pth"]
-        line = error_line(run("resnet_main.py", *flags, "--output-dir", "odd", cwd=folder))
+        line = error_line(run("resnet_main.py", *flags, "--output-dir", "bad", cwd=folder))
         assert "checkpoint bad.pth: " in line
 
 
@@ -339,7 +339,7 @@ def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result])
         ("set", "-a", "resnet19"): "unknown architecture 'resnet19': did you mean resnet1",
         ("set", "-a", "maxvit_t"): "use --image-size 224",
         ("set", "--stem", "other"): "invalid choice: 'other'",
-        ("set", "--output-dir", "file/x"): "cannot write to file/x: Not a directory",
+        ("set", "--output-dir", "file/x"): "cannot write to file/x/checkpoint.pth: Not a directory",
         ("set", "--log-dir", "file"): "cannot write to file: File exists",
         ("set", "--world-size", "4"): "accelerate launch --config_file",
         ("set", "--multiprocessing-distributed"): "accelerate launch --config_file",
@@ -347,11 +347,11 @@ def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result])
         ("set", "--gpu", "0"): "accelerate launch --config_file",
         ("--no-download",): "put http://cs231n.stanford.edu/tiny-imagenet-200.zip at data/",
     }
+    options = ("--output-dir", "elsewhere")
     for flags, message in cases.items():
-        options = () if "--resume" in flags else ("--output-dir", "elsewhere")
         line = error_line(run("resnet_main.py", *options, *flags, cwd=folder))
         assert message in line, (flags, line)
-    offline = run("resnet_main.py", cwd=folder, env={"http_proxy": "http://127.0.0.1:9"})
+    offline = run("resnet_main.py", *options, cwd=folder, env={"http_proxy": "http://127.0.0.1:9"})
     assert "or try the built-in dataset: sample" in error_line(offline)
     assert before == {p: p.read_bytes() for p in files}
     assert not (folder / "elsewhere" / "checkpoint.pth").exists()

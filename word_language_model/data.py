@@ -16,7 +16,7 @@ import torch
 
 from engine import files
 from engine.cli import UserError
-from engine.files import writing
+from engine.files import Named, writing
 
 WIKITEXT = Path("data/wikitext-2")
 WIKITEXT_URL = (
@@ -41,6 +41,13 @@ class Corpus(NamedTuple):
     train: torch.Tensor
     valid: torch.Tensor
     test: torch.Tensor
+
+
+def corpus_files(name: str) -> list[Named]:
+    """What may be read of the corpus that --data names."""
+    root = SAMPLE if name == "sample" else Path(name)
+    names = (name for part in WIKITEXT_FILES for name in (f"{part}.txt", f"wiki.{part}.tokens"))
+    return [("--data", root / name) for name in names]
 
 
 def load_corpus(name: str) -> Corpus:

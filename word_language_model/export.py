@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.cli import UserError
-from engine.files import writing
+from engine.files import Named, writing
 from word_language_model.model import LanguageModel
 
 
@@ -20,6 +21,11 @@ def check_exporter() -> None:
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f"--onnx-export needs {' and '.join(missing)}: pip install onnx onnxscript")
+
+
+def onnx_files(path: Path | None) -> list[Named]:
+    """What `export_onnx` may write."""
+    return [("--onnx-export", p) for p in (path, Path(f"{path}.data"))] if path else []
 
 
 class _Exported(nn.Module):
@@ -37,16 +43,21 @@ class _Exported(nn.Module):
 def export_onnx(model: LanguageModel, path: Path, bptt: int) -> None:
     """Write `model` as ONNX, for one column of `bptt` words.
 
+    Weights above 1.5 GB are put into a second file (see `onnx_files`).
+
     Inputs: tokens [bptt, 1], and of an RNN hidden [nlayers, 1, nhid], of an LSTM cell as well.
     Outputs: log-probabilities [bptt, 1, words], and the hidden state after the words.
     """
     names = ["hidden", "cell"][: len(model.initial_hidden(1))]
+    real = Path(os.path.realpath(path))
     with writing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
+        # The model names the second file, which therefore has its name from the start.
+        temporary.mkdir()
         torch.onnx.export(
             _Exported(model).eval(),
             (torch.zeros(bptt, 1, dtype=torch.int64), *model.initial_hidden(1)),
-            temporary,
+            temporary / real.name,
             input_names=["tokens", *names],
             output_names=["log_probabilities", *(f"{name}_after" for name in names)],
             dynamo=True,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,8 @@ from engine.graphs import make_capturable, uses_graphs
 from engine.launch import check_compiler
 from engine.run import Run
 from word_language_model.checkpoint import load, load_weights, read_spec
-from word_language_model.data import segment_count
+from word_language_model.data import corpus_files, segment_count
+from word_language_model.export import check_exporter, onnx_files
 from word_language_model.model import LanguageModel, ModelSpec, build_model, check_spec
 
 # What a resumed run takes from its checkpoint unless a flag says otherwise; the weights and the
@@ -33,12 +36,18 @@ SETTINGS = (
 
 
 def make_run(accelerator: Accelerator, args: argparse.Namespace) -> Run:
-    stem = args.save.stem
+    save: Path = args.save
+    latest, log_dir = beside(save)
+    former = save.with_name(f"{save.stem}.checkpoint.pt")
     return Run(
         accelerator,
-        latest=args.save.with_name(f"{stem}.checkpoint.pt"),
-        best=args.save,
-        log_dir=args.log_dir or args.save.with_name(f"{stem}.logs"),
+        latest=latest,
+        best=save,
+        log_dir=args.log_dir or log_dir,
+        flag="--save",
+        former=None if save.with_name(f"{save.stem}.pt").exists() else former,
+        figure="best_val_loss",
+        best_of=best_of,
         # How many times the learning rate was divided by four, the lowest validation loss of the
         # epochs done, and the hidden state of this process's columns after the steps done.
         values={"annealed": 0, "best_val_loss": None, "hidden": ()},
@@ -46,6 +55,7 @@ def make_run(accelerator: Accelerator, args: argparse.Namespace) -> Run:
         average=True,
         first_epoch=1,
         checkpoint_every=args.checkpoint_every,
+        is_dry=args.dry_run,
     )
 
 
@@ -64,6 +74,32 @@ def dry(run: Run, args: argparse.Namespace) -> Iterator[None]:
         args.onnx_export = args.onnx_export and Path(folder, args.onnx_export.name)
         yield
     print("=> dry run: its files are removed again")
+
+
+def beside(save: Path) -> tuple[Path, Path]:
+    """Where a run with this --save keeps its state and its curves.
+
+    No two names share one: neither `lr0.2` and `lr0.5` nor `m`, `m.pt` and `m.pth`.
+    """
+    stem = save.name.removesuffix(".pt")
+    stem += "." if stem != save.name else "-"
+    return save.with_name(f"{stem}checkpoint.pt"), save.with_name(f"{stem}logs")
+
+
+def best_of(latest: Path) -> Path:
+    """The --save of a run that keeps its state at `latest`, or kept it there before."""
+    name = re.sub(r"\.checkpoint(\.previous)?(?=\.pt$)", "", latest.name)
+    return latest.with_name(re.sub(r"-checkpoint(\.previous)?\.pt$", "", name))
+
+
+def find_checkpoint(run: Run, args: argparse.Namespace) -> Checkpoint:
+    """What --resume means, after all paths of the command were looked at; empty for none."""
+    if args.onnx_export:
+        check_exporter()
+    asked = args.resume or (args.save if args.evaluate else None)
+    run.claim(asked, args.evaluate, onnx_files(args.onnx_export), corpus_files(args.data))
+    args.resume = run.find(asked, args.evaluate, args.overwrite)
+    return load(args.resume) if args.resume else Checkpoint()
 
 
 def settle(
@@ -124,6 +160,10 @@ def set_up(
         batches = {"batch_size": args.batch_size, "bptt": args.bptt}
         steps = segment_count(text, args.bptt)
         run.resume(checkpoint, optimizer, steps, batches)
+        former_logs = args.save.with_name(f"{args.save.stem}.logs")
+        goes_on = args.resume == run.former and not args.log_dir and former_logs.is_dir()
+        if goes_on and accelerator.is_main_process:
+            shutil.copytree(former_logs, run.log_dir, dirs_exist_ok=True)
         resume_values(run, checkpoint, model, columns, args.batch_size)
     # Not with AdamW, whose step count is on the CPU.
     run.graphed = uses_graphs(accelerator, args.compile and not args.use_optimizer)

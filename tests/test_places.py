@@ -1,0 +1,300 @@
+"""Where runs are kept: none replaces another, and no name or file is taken for another."""
+
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from chaos import read, scalars
+from kit import KIT, Result, Running, error_line, launch, make_corpus, make_dataset, run
+
+from engine import checkpoints, files
+from engine.checkpoints import previous_of
+from engine.cli import UserError
+from word_language_model.training import beside, best_of
+
+TINY = ("--data", "set", "--emsize", 8, "--nhid", 8, "--batch_size", 4, "--bptt", 5, "--epochs")
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    names = (p for p in folder.rglob("*") if not p.name.startswith((".std", ".")))
+    return {p: p.read_bytes() for p in names if p.is_file()}
+
+
+def lm(folder: Path, *flags: object) -> Result:
+    return run("lm_main.py", *TINY, *flags, cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus, `set`, and a run of two epochs, `model.pt`, the first the better."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_corpus(folder / "set")
+    assert lm(folder, 1).code == 0
+    worse = lm(folder, 2, "--resume", "auto", "--lr", 1e4)
+    assert worse.code == 0, worse
+    assert read(folder / "model.checkpoint.pt")["annealed"] == 1
+    return folder
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_a_run_is_never_replaced_unasked(folder: Path) -> None:
+    before = contents(folder)
+    (folder / "b").mkdir()
+    shutil.copy(folder / "model.pt", folder / "b")
+    for flags in ((), ("--resume", "b/model.pt")):
+        line = error_line(lm(folder, 9, *flags))
+        assert "model.checkpoint.pt is of an earlier run: --resume auto goes on from it" in line
+        assert "--overwrite replaces it, and another --save leaves it alone" in line
+    assert "give one of them" in error_line(lm(folder, 9, "--overwrite", "--resume", "auto"))
+    assert before.items() <= contents(folder).items()
+    for path in ("model.checkpoint.pt", "model.checkpoint.previous.pt"):
+        (folder / path).unlink()
+    assert "model.pt is of an earlier run" in error_line(lm(folder, 9))
+    again = lm(folder, 2, "--resume", "auto")  # from the only file that is left
+    assert "=> loaded checkpoint 'model.pt' (epoch 1, step 0)" in again.out
+    anew = lm(folder, 1, "--overwrite", "--seed", 5)
+    assert anew.code == 0, anew
+    assert [read(folder / n)["seed"] for n in ("model.pt", "model.checkpoint.pt")] == [5, 5]
+    assert not (folder / "model.checkpoint.previous.pt").exists()
+    assert [step for step, _ in scalars(folder / "model.logs")["LR"]] == [1]
+
+    make_dataset(folder / "images")
+    images = ("images", "--image-size", 32, "--stem", "stock", "-b", 8, "-j", 1, "--epochs", 1)
+    assert run("resnet_main.py", *images, cwd=folder).code == 0
+    line = error_line(run("resnet_main.py", *images, cwd=folder))
+    assert "output/resnet/checkpoint.pth is of an earlier run" in line
+    assert "another --output-dir" in line
+
+
+def test_two_runs_do_not_write_one_place_at_the_same_time(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "set")
+    flags = [*TINY, 99999, "--checkpoint-every", 5]
+    first = Running("lm_main.py", *flags, cwd=tmp_path, env={})
+    while not (tmp_path / "model.checkpoint.pt").exists():
+        assert first.process.is_alive()
+        time.sleep(0.01)
+    pid = first.process.pid
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "model.pt").symlink_to(tmp_path / "model.pt")
+    (tmp_path / "again" / "model.checkpoint.pt").symlink_to(tmp_path / "model.checkpoint.pt")
+    overwrite = ("--overwrite", "--save", tmp_path / "again" / "model.pt")
+    other = launch("cpu4.yaml", "lm_main.py", *flags, *overwrite, cwd=tmp_path)
+    lines = [line for line in other.err.splitlines() if "lm_main.py: error:" in line]
+    assert len(lines) == 1, other
+    assert f"another run (process {pid} on {socket.gethostname()}) writes to {tmp_path}" in lines[0]
+    assert first.process.is_alive()
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    first.finish()
+    step = read(tmp_path / "model.checkpoint.pt")
+    resumed = lm(tmp_path, step["epoch"] + 1, "--resume", "auto")
+    assert resumed.code == 0, resumed
+    assert f"(epoch {step['epoch']}, step {step['step']})" in resumed.out
+
+
+def test_no_two_names_share_a_file() -> None:
+    names = ["m", "m.pt", "m.pth", "m.PT", "lr0.2", "lr0.5", "lr0", "lr0.pt", "m-", "m..pt", "m."]
+    names += ["m.previous", "m-checkpoint", "m-logs.pt"]
+    found = []
+    for name in names:
+        latest, log_dir = beside(Path("a", name))
+        found += [latest, previous_of(latest), log_dir]
+        for path in (latest, previous_of(latest)):
+            assert best_of(path) == Path("a", name)
+    assert len({*found}) == len(found) == 3 * len(names)
+    assert not {str(path) for path in found} & {f"a/{name}" for name in names}
+    assert beside(Path("model.pt")) == (Path("model.checkpoint.pt"), Path("model.logs"))
+
+
+def test_names_with_a_dot_are_runs_of_their_own_and_earlier_versions_are_found(
+    folder: Path,
+) -> None:
+    """Earlier versions kept the state of `lr0.5` as lr0.checkpoint.pt, and of `lr0.2` as well."""
+    for old, new in (
+        ("model.pt", "lr0.2"),
+        ("model.checkpoint.pt", "lr0.checkpoint.pt"),
+        ("model.checkpoint.previous.pt", "lr0.checkpoint.previous.pt"),
+        ("model.logs", "lr0.logs"),
+    ):
+        (folder / old).rename(folder / new)
+    other = lm(folder, 1, "--save", "lr0.5", "--resume", "auto", "--seed", 5)
+    assert other.code == 0, other
+    assert "=> no checkpoint lr0.5-checkpoint.pt: starting afresh" in other.out
+    before = contents(folder)
+    resumed = lm(folder, 3, "--save", "lr0.2", "--resume", "auto")
+    assert resumed.code == 0, resumed
+    assert "=> loaded checkpoint 'lr0.checkpoint.pt' (epoch 2, step 0)" in resumed.out
+    assert before.items() <= contents(folder).items()
+    curve = scalars(folder / "lr0.2-logs")["Loss/val"]
+    assert [step for step, _ in curve] == [1, 2, 3]
+    assert read(folder / "lr0.2-checkpoint.pt")["epoch"] == 3
+
+    (folder / "lr0.2-checkpoint.pt").unlink()
+    shutil.copy(folder / "lr0.5", folder / "lr0.2")
+    unclear = lm(folder, 1, "--save", "lr0.2", "--resume", "auto")
+    assert "=> lr0.checkpoint.pt may be another run's: --resume lr0.checkpoint.pt" in unclear.out
+    assert "=> loaded checkpoint 'lr0.2' (epoch 1, step 0)" in unclear.out
+
+
+@pytest.mark.parametrize("source", ["model.pt", "model.checkpoint.pt", "alone.pt"])
+def test_a_run_that_goes_on_elsewhere_takes_its_best_epoch_along(source: str, folder: Path) -> None:
+    shutil.copy(folder / "model.checkpoint.pt", folder / "alone.pt")
+    best = read(folder / "model.pt")
+    away = ("--resume", source, "--save", "b/model.pt", "--lr", 1e4)
+    result = lm(folder, 3, *away)
+    assert result.code == 0, result
+    kept = read(folder / "b" / "model.pt")
+    if source == "alone.pt":  # whose best epoch is nowhere
+        assert (
+            "=> alone.pt is without its best epoch: b/model.pt begins with the next" in result.out
+        )
+        assert kept["epoch"] == 3
+        return
+    assert kept["best_val_loss"] == best["best_val_loss"]
+    assert all(torch.equal(kept["state_dict"][n], t) for n, t in best["state_dict"].items())
+    assert read(folder / "b" / "model.checkpoint.pt")["epoch"] == 3
+    assert "does not hold" not in result.out
+
+
+def test_outputs_are_neither_inputs_nor_each_other(folder: Path) -> None:
+    (folder / "link.pt").symlink_to("model.pt")
+    shutil.copytree(folder / "set", folder / "train" / "a")
+    before = contents(folder)
+    graph = ("export_graph.py", "--format", "gv")
+    cases: dict[tuple[str, ...], str] = {
+        ("lm_main.py", "--save", "m.pt", "--onnx-export", "m.pt"): "is the file of --onnx-export",
+        ("lm_main.py", "--save", "m.pt", "--onnx-export", "./x/../m.checkpoint.pt"): "m.checkpoint",
+        ("lm_main.py", "--save", "m.pt", "--onnx-export", "set/train.txt"): "is the file of --data",
+        ("lm_main.py", "--save", "m.pt", "--log-dir", "m.pt/logs"): "lies in --save m.pt",
+        ("lm_main.py", "--save", "m.pt", "--log-dir", "m.checkpoint.pt"): "the file of --log-dir",
+        ("lm_main.py", "--evaluate", "--onnx-export", "link.pt"): "is the file of --resume",
+        ("resnet_main.py", ".", "--output-dir", "train/b"): "train/b/checkpoint.pth lies in DIR",
+        ("lm_generate.py", "--outf", "link.pt"): "--outf link.pt is the file of --checkpoint",
+        (*graph, "--checkpoint", "model.pt", "--output", "link.pt"): "is the file of --checkpoint",
+        (
+            "diff_eval.py",
+            "a",
+            "b",
+            "--data",
+            ".",
+            "--output-dir",
+            "train/a",
+        ): "is the file of --data",
+    }
+    cases[("diff_eval.py", "a", "b", "--data", ".", "--output-dir", "train/a")] = "lies in --data"
+    for (script, *flags), message in cases.items():
+        data = ("--data", "set") if script == "lm_main.py" else ()
+        line = error_line(run(script, *data, *flags, cwd=folder))
+        assert message in line, (flags, line)
+    assert contents(folder) == before
+    assert not (folder / "m.logs").exists()
+
+
+def test_paths_are_compared_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("real").mkdir()
+    Path("way").symlink_to("real")
+    Path("dangling").symlink_to("real/none")
+    same = ["real/none", "way/none", "dangling", "./real/../way/none", tmp_path / "real/none"]
+    for one, other in itertools.permutations([Path(path) for path in same], 2):
+        with pytest.raises(UserError, match="is the file of --b too"):
+            files.refuse_clashes([("--a", one)], inputs=[("--b", other)])
+    for path in ("none", "real/none2", "real"):
+        files.refuse_clashes([("--a", Path("way/none"))], [("--b", Path(path))])
+
+
+def test_links_are_followed_and_devices_and_pipes_written_to(folder: Path) -> None:
+    (folder / "big").mkdir()
+    for name in ("text", "model.checkpoint.pt", "model.checkpoint.previous.pt"):
+        (folder / "big" / name).write_text("before")
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(f"big/{name}")
+    os.mkfifo(folder / "pipe")
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append((folder / "pipe").read_bytes()))
+    reader.start()
+    for outf in ("text", "pipe", "/dev/null", "/dev/full"):
+        result = run("lm_generate.py", "--words", 30, "--outf", outf, cwd=folder)
+        if outf == "/dev/full":
+            assert "cannot write /dev/full: No space left on device" in error_line(result)
+        else:
+            assert result.code == 0, result
+    reader.join(10)
+    assert (folder / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+    assert got == [(folder / "text").read_bytes()]
+    assert len(got[0].split()) == 30
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(folder / "socket"))
+    line = error_line(run("lm_generate.py", "--outf", "socket", cwd=folder))
+    assert "socket is a socket, and a file is wanted" in line
+
+    state = {"state_dict": {"a": torch.ones(1)}}
+    latest, previous = folder / "model.checkpoint.pt", folder / "model.checkpoint.previous.pt"
+    for epoch in (1, 2):
+        checkpoints.save({**state, "epoch": epoch}, latest, previous=previous)
+    for name in ("text", latest.name, previous.name):
+        assert (folder / name).is_symlink()
+        assert not (folder / "big" / name).is_symlink()
+    assert [checkpoints.load(path)["epoch"] for path in (latest, previous)] == [2, 1]
+    assert {p.name for p in (folder / "big").iterdir()} == {"text", latest.name, previous.name}
+
+
+LONG = "l" * 250
+
+
+def test_names_are_refused_before_the_first_epoch_or_work(folder: Path) -> None:
+    before = contents(folder)
+    for flags, message in {
+        ("--save", ""): "argument --save: is empty: a variable that is not set?",
+        ("--resume", ""): "argument --resume: is empty",
+        ("--data", ""): "argument --data: is empty",
+        ("--save", "."): "argument --save: . is a directory, and a file is wanted",
+        ("--save", "/"): "argument --save: / is a directory",
+        ("--save", "set/.."): "is a directory",
+        ("--save", LONG): f"{LONG}-checkpoint.pt: File name too long; choose another with --save",
+        ("--save", "l" * 300): "File name too long",
+        ("--save", f"{LONG[25:]}.pt"): "File name too long",  # that of its temporaries alone
+        ("--save", "new.pt", "--log-dir", "l" * 300): "File name too long",
+        ("--resume", "l" * 300): "File name too long",
+        ("--data", "l" * 300): "File name too long",
+    }.items():
+        save = () if "--save" in flags else ("--save", "new.pt")
+        line = error_line(run("lm_main.py", *TINY, 1, *save, *flags, cwd=folder))
+        assert message in line, (flags, line)
+    assert contents(folder) == before
+    odd = "m[1]*?.pt"
+    assert lm(folder, 1, "--save", odd).code == 0
+    killed = folder / f".{odd[:-3]}.checkpoint.pt.{socket.gethostname()}-4194305.tmp"
+    killed.write_text("of a process that is no more")
+    assert "(epoch 1, step 0)" in lm(folder, 2, "--save", odd, "--resume", "auto").out
+    assert not killed.exists()
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv")
+def test_a_folder_that_may_not_be_searched_is_one_line(folder: Path) -> None:
+    (folder / "x" / "c").mkdir(parents=True)
+    (folder / "x").chmod(0)
+    user = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+    for script, *flags in (
+        ("lm_main.py", "--save"),
+        ("lm_main.py", "--save", "new.pt", "--resume"),
+        ("lm_generate.py", "--checkpoint"),
+    ):
+        command = [*user, sys.executable, str(KIT / script), *flags, "x/c/m"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        line = error_line(Result(result.returncode, result.stdout, result.stderr))
+        assert "x/c" in line and "Permission denied" in line
+    (folder / "x").chmod(0o755)
