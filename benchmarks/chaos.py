@@ -5,8 +5,8 @@
     python benchmarks/chaos.py lm --kills 10 --processes 4
 
 Every start is the same command with `--resume auto`. A kill comes at a random moment: while the
-program starts, in training, or while a checkpoint is being written; by SIGKILL, SIGTERM, SIGINT
-or SIGUSR1; with several processes to one of them or to their launcher. After some kills the
+program starts, in training, or while a checkpoint is being written; by SIGKILL, SIGTERM, SIGINT,
+SIGHUP or SIGUSR1; with several processes to one of them or to their launcher. After some kills the
 latest checkpoint is damaged as well, as a failing disk would. In the end every value of the
 checkpoint and every point of the curves must be that of a run that nobody disturbed.
 """
@@ -36,7 +36,8 @@ sys.path.insert(0, str(KIT))
 from engine import checkpoints  # noqa: E402
 from engine.cli import UserError  # noqa: E402
 
-SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, *STOPPING)
 MOMENTS = ("starting", "training", "training", "writing", "writing")
 STOPPED = 75
 MEASURED = "Throughput/train"  # the only thing of a run that is no function of its arguments
@@ -192,9 +193,6 @@ def kill_once(args: argparse.Namespace, folder: Path, rng: random.Random) -> tup
     """Start, kill, and wait for the end; returns the signal, the moment and the target."""
     training = Training(args, folder, epochs=10**6)
     moment, signum = rng.choice(MOMENTS), rng.choice(SIGNALS)
-    if (moment, signum) == ("starting", signal.SIGINT):
-        # While Python imports, this is its own KeyboardInterrupt, which some module may swallow.
-        signum = signal.SIGTERM
     if not training.wait_for(moment, rng):
         sys.exit(f"the training ended by itself:\n{training.text()}")
     victims, target = [training.process.pid], "the process"
@@ -237,6 +235,10 @@ def main() -> None:
     counts: collections.Counter[str] = collections.Counter()
     job = JOBS[args.job]
     started = time.monotonic()
+    # What nohup or a shell's background ignores, a training would ignore as well: a handler of this
+    # process is none of its children's.
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, lambda *_: sys.exit(130))
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as root:
         killed, whole = Path(root) / "killed", Path(root) / "whole"
@@ -271,7 +273,7 @@ def main() -> None:
     command = re.sub(r" --(save|output-dir)$", "", " ".join(job.flags))
     print(f"{command} {' '.join(args.flags)} (processes: {args.processes}, {args.precision})")
     for title, keys in {
-        "signals": ("SIGKILL", "SIGTERM", "SIGINT", "SIGUSR1"),
+        "signals": ("SIGKILL", *(signum.name for signum in STOPPING)),
         "moments": ("starting", "training", "writing"),
         "targets": ("the process", "the launcher", "a rank"),
     }.items():

@@ -1,10 +1,12 @@
 """How a process ends: its exit code, one line on stderr, and of several processes one that speaks.
 
-Every command enters through `run_script`.
+Every command enters through `run_script`, and imports this module before all others: it imports
+nothing slow itself, and from then on Ctrl-C ends the process without a traceback.
 """
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -12,11 +14,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
-
-import torch
-import torch.distributed as dist
-from accelerate.utils import get_int_from_env
 
 from engine.cli import UserError
 from engine.streams import fall_back_to_stderr, make_unfailing
@@ -24,7 +23,13 @@ from engine.streams import fall_back_to_stderr, make_unfailing
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = os.EX_TEMPFAIL  # 75: stopped by a signal, to be resumed
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# What a path can have that nobody may search, or that is too long, or no path at all.
+OF_A_PATH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+
+# Windows lacks some of them.
+STOP_SIGNALS = tuple(
+    signum for signum in signal.Signals if signum.name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+)
 
 
 class Stopped(BaseException):
@@ -35,16 +40,41 @@ class Stopped(BaseException):
         self.signum = signum
 
 
+def _leave_while_loading(signum: int, frame: FrameType | None) -> None:
+    os._exit(128 + signum)
+
+
+def _runs_a_command() -> bool:
+    """Whether a command of the kit is what Python runs, rather than a notebook or a test."""
+    script = getattr(sys.modules["__main__"], "__file__", None) or ""
+    return Path(script).resolve().parent == Path(__file__).resolve().parent.parent
+
+
+# An exception would print where in which library it came, or be swallowed by that.
+if _runs_a_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _leave_while_loading)
+
+
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run `main` and leave the process; a `UserError` ends in one line and exit code 2.
 
     Before the processes of a run have joined, all of them usually meet the same mistake, and the
     first to leave makes the launcher end the others: so each waits its turn to speak.
     """
+    import torch
+    import torch.distributed as dist
+    from accelerate.utils import get_int_from_env
+
+    if signal.getsignal(signal.SIGINT) is _leave_while_loading:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     make_unfailing()
     try:
         main()
-    except (UserError, torch.OutOfMemoryError) as error:
+        # Not by the interpreter's own end, in which gloo's threads now and then abort the process.
+        leave(0)
+    except (UserError, torch.OutOfMemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in OF_A_PATH:
+            raise
         if not dist.is_initialized():
             # Another process may have failed first: unblock the launcher's SIGTERM, so that it
             # ends this one before it repeats the message.
@@ -52,7 +82,10 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             time.sleep(min(10 * get_int_from_env(["RANK"], 0), 30))
         full = isinstance(error, torch.OutOfMemoryError)
-        _report("the GPU's memory is full: use a smaller --batch-size" if full else str(error))
+        if isinstance(error, OSError):
+            _report(f"{error.filename}: {error.strerror}")
+        else:
+            _report("the GPU's memory is full: use a smaller --batch-size" if full else str(error))
         leave(EXIT_USER_ERROR)
     except RuntimeError as error:
         # A process that lost its peers has nothing to add to what the first to fail has said.
@@ -71,12 +104,12 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         leave(EXIT_STOPPED)
     except KeyboardInterrupt:
         leave(130)
-    # Not by the interpreter's own end, in which gloo's threads now and then abort the process.
-    leave(0)
 
 
 def _report(message: str) -> None:
     """Print the line of an error, unless another process of the run has printed its own."""
+    import torch.distributed as dist
+
     if dist.is_initialized():
         try:
             store = dist.distributed_c10d._get_default_store()
@@ -89,6 +122,8 @@ def _report(message: str) -> None:
 
 def leave(code: int) -> NoReturn:
     """Exit at once: the ordinary way waits for process groups and workers that may be gone."""
+    for signum in STOP_SIGNALS:  # one more would change the exit code
+        signal.signal(signum, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
     for child in multiprocessing.active_children():

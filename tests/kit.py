@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,7 @@ def _enter(
             os.close(descriptor)
     os.chdir(cwd)
     os.environ.update(env)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     sys.argv = argv
     # As Python itself does, which has None for a closed stream.
     encoding = env.get("PYTHONIOENCODING")

@@ -3,9 +3,11 @@
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,9 @@ from pathlib import Path
 import pytest
 from chaos import MEASURED, damage, differences, read, scalars
 from kit import (
+    KIT,
     PATIENCE,
+    PROBE,
     Launched,
     Result,
     Running,
@@ -209,6 +213,83 @@ def test_a_signal_outside_training_stops_at_once_and_a_second_within_it(tmp_path
     within = signalled("deferred", [0, 0.1, 0.8])
     assert within.code == 128 + signal.SIGTERM
     assert within.err == "=> a second signal: stopped at once\n"
+
+
+LAST_MOMENT = """
+import os, signal, sys
+import lm_main
+from engine.exits import run_script
+from engine.run import Run
+
+whole = Run.end_of_epoch
+
+def end_of_epoch(run, *args):
+    whole(run, *args)
+    if run.epoch == 1 and os.environ.get("RANK", "0") == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+Run.end_of_epoch = end_of_epoch
+run_script(lambda: lm_main.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("config", ["cpu.yaml", "cpu4.yaml"])
+def test_a_signal_after_the_last_step_is_not_swallowed(config: str, tmp_path: Path) -> None:
+    """It comes to one process, after the last epoch has been saved."""
+    make_corpus(tmp_path / "set")
+    (tmp_path / "last.py").write_text(LAST_MOMENT)
+    rank = {"cpu.yaml": 0, "cpu4.yaml": 2}[config]
+    flags = (rank, *TINY, "--epochs", 1)
+    result = launch(config, tmp_path / "last.py", *flags, cwd=tmp_path, env=PROBE)
+    assert "=> epoch 1, step 0: saved to model.checkpoint.pt" in result.out, result
+    assert "=> stopped by SIGUSR1, exit code 75" in result.out
+    assert "End of training" not in result.out
+    assert read(tmp_path / "model.checkpoint.pt")["is_best"] is True
+
+
+def test_a_lost_connection_stops_torchrun_in_order_and_nohup_keeps_a_process(
+    tmp_path: Path,
+) -> None:
+    make_corpus(tmp_path / "set", train=8000)
+    script = [str(KIT / "lm_main.py"), *map(str, TINY), "--checkpoint-every", "5", "--epochs"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = ["nohup", *torchrun, "--nproc-per-node", "2", *script, "999", "--save", "two.pt"]
+    with (tmp_path / "log").open("w") as log:
+        two = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+        wait_for((tmp_path / "two.checkpoint.pt").exists)
+        two.send_signal(signal.SIGHUP)
+        two.wait(PATIENCE)
+    assert re.search(r"=> epoch \d+, step \d+: saved to two", (tmp_path / "log").read_text())
+
+    shell = f"nohup {shlex.join([sys.executable, *script, '3'])} > log 2>&1 & echo $!; sleep 999"
+    env = {**os.environ, **BF16}
+    parent = subprocess.Popen(["bash", "-c", shell], cwd=tmp_path, env=env, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    wait_for((tmp_path / "model.checkpoint.pt").exists)
+    for child in children(parent.pid):
+        os.kill(child, signal.SIGHUP)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    assert "End of training" in (tmp_path / "log").read_text()
+    assert read(tmp_path / "model.checkpoint.pt")["epoch"] == 3
+
+
+@pytest.mark.parametrize("script", ["lm_main.py", "diff_eval.py"])
+def test_ctrl_c_while_libraries_load_leaves_no_traceback(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(KIT / script)]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    wait_for(lambda: "torch" in Path(f"/proc/{process.pid}/maps").read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=PATIENCE) == (b"", None)
+    assert process.returncode == 130
 
 
 @pytest.fixture
