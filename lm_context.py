@@ -17,6 +17,10 @@ Prints a table, and writes context.csv and context.png.
 
 from __future__ import annotations
 
+from engine.exits import run_script  # before what is slow: see there
+
+# isort: split
+
 import argparse
 import csv
 from collections.abc import Sequence
@@ -30,12 +34,11 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from engine.cli import ArgumentParser, UserError, positive_int
-from engine.exits import run_script
-from engine.files import check_writable, writing
+from engine.cli import ArgumentParser, UserError, nonempty, pathname, positive_int
+from engine.files import check_outputs, writing
 from engine.launch import build_accelerator, describe_run
 from word_language_model.checkpoint import load, refuse_other_words, restore_model
-from word_language_model.data import WIKITEXT, load_corpus
+from word_language_model.data import WIKITEXT, corpus_files, load_corpus
 from word_language_model.model import LanguageModel
 
 CSV, PICTURE = "context.csv", "context.png"
@@ -62,21 +65,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser("Compare how far back language models look")
     add = parser.add_argument
     # fmt: off
-    add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="models of lm_main.py")
-    add("--data", metavar="DIR", default=str(WIKITEXT),
+    add("checkpoints", nargs="+", type=pathname, metavar="CHECKPOINT", help="models of lm_main.py")
+    add("--data", type=nonempty, metavar="DIR", default=str(WIKITEXT),
         help="folder of the corpus that they were trained on, or `sample`")
     add("--max-context", type=positive_int, default=128, metavar="N",
         help="words that are visible at most")
     add("--words", type=positive_int, default=4000, metavar="N",
         help="words of the test text whose predictions are looked at")
-    add("--output-dir", type=Path, default=Path(), metavar="DIR",
+    add("--output-dir", type=pathname, default=Path(), metavar="DIR",
         help=f"for {CSV} and {PICTURE}, else the current folder")
     # fmt: on
     args = parser.parse_args(argv)
     accelerator = build_accelerator()
     accelerator.print(describe_run(accelerator))
     if accelerator.is_main_process:
-        check_writable(args.output_dir, "--output-dir")
+        outputs = [("--output-dir", args.output_dir / name) for name in (CSV, PICTURE)]
+        inputs = [("CHECKPOINT", path) for path in args.checkpoints]
+        check_outputs(outputs, inputs=[*inputs, *corpus_files(args.data)])
     with accelerator.local_main_process_first():  # a node's first process downloads
         corpus = load_corpus(args.data)
     places = choose_places(len(corpus.test), args)

@@ -145,6 +145,8 @@ def output(name: str) -> Iterator[TextIO]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if args.outf in ("/dev/stdout", "/dev/fd/1"):  # maybe a file to which a shell appends
+        args.outf = "-"
     report = sys.stderr if args.outf == "-" else sys.stdout
     for flag in ("cuda", "accel"):
         if getattr(args, flag):

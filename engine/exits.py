@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,9 +51,21 @@ def _runs_a_command() -> bool:
     return Path(script).resolve().parent == Path(__file__).resolve().parent.parent
 
 
-# An exception would print where in which library it came, or be swallowed by that.
-if _runs_a_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _leave_while_loading)
+def has_temporary_folder() -> bool:
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+if _runs_a_command():
+    # An exception would print where in which library it came, or be swallowed by that.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave_while_loading)
+    # torch asks for a folder for compiled kernels also where it compiles none.
+    if not has_temporary_folder():
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.sep)
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
@@ -73,7 +86,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         # Not by the interpreter's own end, in which gloo's threads now and then abort the process.
         leave(0)
     except (UserError, torch.OutOfMemoryError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in OF_A_PATH:
+        lacks_folder = "No usable temporary directory" in str(error)  # of Python's tempfile
+        if isinstance(error, OSError) and not (lacks_folder or error.errno in OF_A_PATH):
             raise
         if not dist.is_initialized():
             # Another process may have failed first: unblock the launcher's SIGTERM, so that it
@@ -82,7 +96,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             time.sleep(min(10 * get_int_from_env(["RANK"], 0), 30))
         full = isinstance(error, torch.OutOfMemoryError)
-        if isinstance(error, OSError):
+        if lacks_folder:
+            _report("no temporary folder can be written: TMPDIR=/a/folder names one")
+        elif isinstance(error, OSError):
             _report(f"{error.filename}: {error.strerror}")
         else:
             _report("the GPU's memory is full: use a smaller --batch-size" if full else str(error))

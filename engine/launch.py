@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, get_int_from_env
 
 from engine.cli import UserError
+from engine.exits import has_temporary_folder
 
 # How mpirun's families and torchrun name the number of processes that they started.
 WORLD_SIZE_VARIABLES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
@@ -144,6 +145,8 @@ def emulates_bf16(device: torch.device) -> bool:
 
 
 def check_compiler() -> None:
-    """Raise `UserError` when torch.compile would fail for want of a C++ compiler."""
+    """Raise `UserError` when torch.compile would fail for want of a C++ compiler or a folder."""
+    if not has_temporary_folder():
+        raise UserError("--compile needs a temporary folder: TMPDIR=/a/folder names one")
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))):
         raise UserError("--compile needs a C++ compiler: apt install g++, or leave --compile out")

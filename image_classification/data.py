@@ -20,6 +20,8 @@ from accelerate.utils import get_int_from_env
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
+from engine.cli import UserError
+from engine.exits import has_temporary_folder
 from engine.preemption import leave_signals_to_parent
 from engine.seeds import derive_seed, seed_generators
 from image_classification.augment import Crops, draw_crops, normalise, resize, resized_crop
@@ -105,6 +107,10 @@ def load_dataset(
     Raises:
         UserError: see `resolve`, `find_images` and `decoded_images`.
     """
+    if workers and not has_temporary_folder():
+        raise UserError(
+            "worker processes need a temporary folder: TMPDIR=/a/folder names one, -j 0 has none"
+        )
     root, classes, train, val = find_images(resolve(name, download))
     # One cache holds both splits, so they need the same side.
     sides = {small_side(train.paths), small_side(val.paths)}

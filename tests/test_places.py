@@ -208,7 +208,13 @@ def test_paths_are_compared_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Path("real").mkdir()
     Path("way").symlink_to("real")
     Path("dangling").symlink_to("real/none")
-    same = ["real/none", "way/none", "dangling", "./real/../way/none", tmp_path / "real/none"]
+    same: list[str | Path] = [
+        "real/none",
+        "way/none",
+        "dangling",
+        "./real/../way/none",
+        tmp_path / "real/none",
+    ]
     for one, other in itertools.permutations([Path(path) for path in same], 2):
         with pytest.raises(UserError, match="is the file of --b too"):
             files.refuse_clashes([("--a", one)], inputs=[("--b", other)])
