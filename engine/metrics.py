@@ -89,6 +89,11 @@ def _keep_quiet_about_disks(problem: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(problem)
 
 
+def has_points(log_dir: Path) -> bool:
+    """Whether a run has got to the end of an epoch, which has a loss, and drawn it there."""
+    return any(b"Loss/val" in file.read_bytes() for file in log_dir.glob("events.out.tfevents.*"))
+
+
 class Curves:
     """TensorBoard scalars of the main process, one point an epoch.
 

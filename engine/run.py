@@ -30,7 +30,7 @@ from engine.checkpoints import Checkpoint, Writer, load, newest_whole, previous_
 from engine.cli import UserError
 from engine.exits import Stopped
 from engine.files import Named, check_outputs, lock, same_place, whole_or_absent
-from engine.metrics import Curves, Sums, diverged
+from engine.metrics import Curves, Sums, diverged, has_points
 from engine.preemption import Preemption
 from engine.streams import fall_back_to_stderr
 
@@ -66,7 +66,7 @@ class Run:
     is_own: bool = False  # whether that is one of this run's own files
     is_best: bool = False  # whether it holds the best epoch
     has_best: bool = False  # whether `best` does
-    lock: IO[str] | None = None  # what keeps another run away, on the main process
+    locks: Sequence[IO[str] | None] = ()  # what keeps another run away, on the main process
     carried: list[list[float]] | None = None  # sums of its unfinished epoch
     writer: Writer | None = None  # within `training`
 
@@ -106,8 +106,10 @@ class Run:
         check_outputs([*own, *outputs], [("--log-dir", self.log_dir)], inputs)
         if not self.is_dry:
             place = Path(os.path.realpath(self.latest))
+            locks = {place.with_name(f".{place.name}.lock"): self.flag}
+            locks[self.log_dir / ".lock"] = "--log-dir"
             patience = PATIENCE if str(asked) == "auto" else 0
-            self.lock = lock(place.with_name(f".{place.name}.lock"), self.flag, patience)
+            self.locks = [lock(path, flag, patience) for path, flag in locks.items()]
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -142,10 +144,12 @@ class Run:
         there = [path for path in self.files if os.path.isfile(path)]  # noqa: PTH113
         if str(asked) != "auto":
             is_own = asked is not None and any(same_place(asked, path) for path in there)
+            there += [self.log_dir] if has_points(self.log_dir) else []
             if there and not (is_own or evaluates or overwrite or self.is_dry):
+                flag = "--log-dir" if there[0] == self.log_dir else self.flag
                 raise UserError(
-                    f"{there[0]} is of an earlier run: --resume auto goes on from it, --overwrite "
-                    f"replaces it, and another {self.flag} leaves it alone"
+                    f"{there[0]} is of an earlier run: --resume auto goes on with it, --overwrite "
+                    f"replaces it, and another {flag} leaves it alone"
                 )
             return asked, is_own
         latest = [path for path in there if path != self.best] or self._formerly() or there

@@ -19,6 +19,8 @@ from kit import KIT, Result, Running, error_line, launch, make_corpus, make_data
 from engine import checkpoints, files
 from engine.checkpoints import previous_of
 from engine.cli import UserError
+from word_language_model.export import export_onnx
+from word_language_model.model import ModelSpec, build_model
 from word_language_model.training import beside, best_of
 
 TINY = ("--data", "set", "--emsize", 8, "--nhid", 8, "--batch_size", 4, "--bptt", 5, "--epochs")
@@ -54,10 +56,15 @@ def test_a_run_is_never_replaced_unasked(folder: Path) -> None:
     before = contents(folder)
     (folder / "b").mkdir()
     shutil.copy(folder / "model.pt", folder / "b")
-    for flags in ((), ("--resume", "b/model.pt")):
+    for flags, path in (
+        ((), "model.checkpoint.pt"),
+        (("--resume", "b/model.pt"), "model.checkpoint.pt"),
+        (("--save", "new.pt", "--log-dir", "model.logs"), "model.logs"),
+    ):
         line = error_line(lm(folder, 9, *flags))
-        assert "model.checkpoint.pt is of an earlier run: --resume auto goes on from it" in line
-        assert "--overwrite replaces it, and another --save leaves it alone" in line
+        flag = "--log-dir" if path == "model.logs" else "--save"
+        assert f"{path} is of an earlier run: --resume auto goes on with it" in line
+        assert f"--overwrite replaces it, and another {flag} leaves it alone" in line
     assert "give one of them" in error_line(lm(folder, 9, "--overwrite", "--resume", "auto"))
     assert before.items() <= contents(folder).items()
     for path in ("model.checkpoint.pt", "model.checkpoint.previous.pt"):
@@ -256,6 +263,31 @@ def test_links_are_followed_and_devices_and_pipes_written_to(folder: Path) -> No
         assert not (folder / "big" / name).is_symlink()
     assert [checkpoints.load(path)["epoch"] for path in (latest, previous)] == [2, 1]
     assert {p.name for p in (folder / "big").iterdir()} == {"text", latest.name, previous.name}
+
+
+def test_an_onnx_model_with_its_weights_in_a_second_file_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one above 1.5 GB is, through a link to another disk, and over an earlier one."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    program = "torch.onnx._internal.exporter._onnx_program"
+    monkeypatch.setattr(f"{program}._LARGE_MODEL_THRESHOLD", 0)
+    (tmp_path / "big").mkdir()
+    (tmp_path / "x.onnx").symlink_to("big/y.onnx")
+    spec = ModelSpec("GRU", words=9, emsize=4, nhid=4, nlayers=1, nhead=1, tied=False)
+    for _ in range(2):
+        model = build_model(spec, dropout=0.0)
+        export_onnx(model, tmp_path / "x.onnx", bptt=3)
+        assert {p.name for p in (tmp_path / "big").iterdir()} == {"y.onnx", "y.onnx.data"}
+        found = onnx.load(tmp_path / "big" / "y.onnx")
+        tensors = [onnx.numpy_helper.to_array(t) for t in found.graph.initializer]
+        decoder = model.decoder.weight.detach().numpy()
+        assert any(
+            t.shape in ((9, 4), (4, 9)) and set(t.flat) == set(decoder.flat) for t in tensors
+        )
+    with pytest.raises(UserError, match="/dev/null takes one file, and this needs 2"):
+        export_onnx(model, Path("/dev/null"), bptt=3)
 
 
 LONG = "l" * 250
