@@ -172,7 +172,8 @@ def test_bad_input_is_one_line_and_touches_nothing(folder: Path) -> None:
     torch.save(other, folder / "other.pth")
     for flags, message in {
         ("a.pth", "b.pth", "--output-dir", "mine"): "did not write (thesis.txt)",
-        ("a.pth", "b.pth", "--output-dir", "a.pth"): "a.pth is a file",
+        ("a.pth", "b.pth", "--output-dir", "a.pth"): "a.pth is the file of CHECKPOINT too",
+        ("a.pth", "b.pth", "--output-dir", "other.pth"): "other.pth is a file",
         ("a.pth",): "2 checkpoints wanted",
         ("a.pth", "none.pth"): "none.pth: no such file",
         ("a.pth", "four.pth"): "a.pth has 3 classes and four.pth 4",

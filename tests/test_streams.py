@@ -55,7 +55,13 @@ def test_a_stream_that_is_closed(folder: Path) -> None:
     files = [path for path in folder.iterdir() if path.is_file()]
     # Each has its own number: what libraries print on 1 and 2 has reached none of them.
     names = sorted(path.name for path in files)
-    assert names == [".stderr", ".stdout", "model.checkpoint.pt", "model.pt"]
+    assert names == [
+        ".model.checkpoint.pt.lock",
+        ".stderr",
+        ".stdout",
+        "model.checkpoint.pt",
+        "model.pt",
+    ]
     assert train(folder, None).finish() == Result(0, "", "")
 
 
