@@ -38,6 +38,7 @@ SETTINGS = (
 def make_run(accelerator: Accelerator, args: argparse.Namespace) -> Run:
     save: Path = args.save
     latest, log_dir = beside(save)
+    twin = save.with_name(f"{save.stem}.pt")  # whose state may be where this run's was
     former = save.with_name(f"{save.stem}.checkpoint.pt")
     return Run(
         accelerator,
@@ -45,7 +46,7 @@ def make_run(accelerator: Accelerator, args: argparse.Namespace) -> Run:
         best=save,
         log_dir=args.log_dir or log_dir,
         flag="--save",
-        former=None if save.with_name(f"{save.stem}.pt").exists() else former,
+        former=None if save == twin or twin.exists() else former,
         figure="best_val_loss",
         best_of=best_of,
         # How many times the learning rate was divided by four, the lowest validation loss of the
