@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -337,3 +338,34 @@ def test_a_folder_that_may_not_be_searched_is_one_line(folder: Path) -> None:
         line = error_line(Result(result.returncode, result.stdout, result.stderr))
         assert "x/c" in line and "Permission denied" in line
     (folder / "x").chmod(0o755)
+
+
+READ_ONLY = """
+mount --make-rprivate / && mount --bind /tmp /tmp && mount -o remount,bind,ro /tmp &&
+mount -t tmpfs -o ro tmpfs /var/tmp && mount -o remount,bind,ro / && cd / && exec "$@"
+"""
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare")
+def test_without_a_temporary_folder_only_what_needs_one_says_so(trained: Path) -> None:
+    """All is read-only, as in a container that is started so, but for one folder."""
+
+    def read_only(*command: object) -> Result:
+        words = ["unshare", "-m", "sh", "-c", READ_ONLY, "sh", sys.executable, *map(str, command)]
+        env = {k: v for k, v in os.environ.items() if k not in ("TMPDIR", "TEMP", "TMP")}
+        done = subprocess.run(words, capture_output=True, text=True, env=env)
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    probe = read_only("-c", "import tempfile; tempfile.gettempdir()")
+    if "No usable temporary directory" not in probe.err:
+        pytest.skip("read-only mounts are not permitted here")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        shutil.copytree(trained / "set", Path(folder, "set"))
+        save, text = Path(folder, "model.pt"), Path(folder, "text")
+        flags = ("--data", Path(folder, "set"), *TINY[2:], 1, "--save", save)
+        assert read_only(KIT / "lm_main.py", *flags).code == 0
+        generate = (KIT / "lm_generate.py", "--checkpoint", save, "--words", 9, "--outf")
+        assert read_only(*generate, text).code == 0
+        assert len(text.read_text().split()) == 9
+        line = error_line(read_only(*generate, "/dev/null"))
+        assert "no temporary folder can be written: TMPDIR=/a/folder names one" in line
