@@ -24,6 +24,9 @@ from engine.streams import fall_back_to_stderr, make_unfailing
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = os.EX_TEMPFAIL  # 75: stopped by a signal, to be resumed
 
+# How torchrun, mpirun's families and srun number the processes that they start.
+RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+
 # What a path can have that nobody may search, or that is too long, or no path at all.
 OF_A_PATH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 
@@ -68,20 +71,25 @@ if _runs_a_command():
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.sep)
 
 
-def run_script(main: Callable[[], None]) -> NoReturn:
+def run_script(main: Callable[[], None], *, alone: bool = False) -> NoReturn:
     """Run `main` and leave the process; a `UserError` ends in one line and exit code 2.
+
+    Args:
+        alone: whether it is the work of one process. Of several that a launcher has started, the
+            first then does it, and the others have nothing to do.
 
     Before the processes of a run have joined, all of them usually meet the same mistake, and the
     first to leave makes the launcher end the others: so each waits its turn to speak.
     """
     import torch
     import torch.distributed as dist
-    from accelerate.utils import get_int_from_env
 
     if signal.getsignal(signal.SIGINT) is _leave_while_loading:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     make_unfailing()
     try:
+        if alone and rank() > 0:
+            leave(0)
         main()
         # Not by the interpreter's own end, in which gloo's threads now and then abort the process.
         leave(0)
@@ -94,7 +102,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             # ends this one before it repeats the message.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            time.sleep(min(10 * get_int_from_env(["RANK"], 0), 30))
+            time.sleep(min(10 * rank(), 30))
         full = isinstance(error, torch.OutOfMemoryError)
         if lacks_folder:
             _report("no temporary folder can be written: TMPDIR=/a/folder names one")
@@ -104,22 +112,25 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             _report("the GPU's memory is full: use a smaller --batch-size" if full else str(error))
         leave(EXIT_USER_ERROR)
     except RuntimeError as error:
-        # A process that lost its peers has nothing to add to what the first to fail has said.
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if not (lost and dist.is_initialized()):
+        from engine.network import failure
+
+        line = failure(error)
+        if line is None:
             raise
-        _report(
-            "another process of the run has gone (killed, or its machine lost): "
-            "--resume auto goes on from the last checkpoint"
-        )
+        _report(line)
         leave(1)
     except Stopped as stopped:
         fall_back_to_stderr()
-        if get_int_from_env(["RANK"], 0) == 0:
+        if rank() == 0:
             print(f"=> {stopped}, exit code {EXIT_STOPPED}: --resume auto goes on")
         leave(EXIT_STOPPED)
     except KeyboardInterrupt:
         leave(130)
+
+
+def rank() -> int:
+    """This process's number among those that a launcher has started."""
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
 
 
 def _report(message: str) -> None:

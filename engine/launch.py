@@ -12,14 +12,37 @@ import shutil
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, get_int_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    get_int_from_env,
+    parse_flag_from_env,
+)
 
 from engine.cli import UserError
 from engine.exits import has_temporary_folder
+from engine.network import find_interface, meeting_place, reason
+
+# How long processes wait for each other in training, and when they join: longer than any step,
+# validation or checkpoint keeps one of them busy.
+ANSWER_WITHIN = datetime.timedelta(minutes=10)
+# Before training the others wait while a node's first process downloads or decodes.
+PREPARED_WITHIN = datetime.timedelta(hours=2)
 
 # How mpirun's families and torchrun name the number of processes that they started.
 WORLD_SIZE_VARIABLES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+
+# What of the launcher's variables this kit understands or needs not care about. All others
+# (FSDP, DeepSpeed, Megatron, ...) have to be off.
+KNOWN_VARIABLES = {
+    *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY"),
+    *("ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL", "ACCELERATE_ENABLE_RICH"),
+    *("ACCELERATE_DYNAMO_MODE", "ACCELERATE_DYNAMO_USE_FULLGRAPH"),  # of the backend, which is no
+    *("ACCELERATE_DYNAMO_USE_DYNAMIC", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"),
+}
+OFF = ("", "no", "none", "false", "0", "off")
 
 
 class _Accelerator(Accelerator):  # type: ignore[misc]  # untyped
@@ -46,11 +69,15 @@ def build_accelerator(deterministic: bool = True, broadcast_buffers: bool = True
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # cuDNN's RNNs sum in a fixed order only with workspaces of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    _refuse_unknown_modes()
     asked = get_int_from_env(WORLD_SIZE_VARIABLES, 1)
     asked_here = get_int_from_env(["LOCAL_WORLD_SIZE"], asked)
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip().startswith("-1")
-    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or hidden
+    try:
+        wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or hidden
+    except ValueError as error:
+        raise UserError(f"ACCELERATE_USE_CPU: {error}: true or false") from error
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
     several_asked = launched and "MASTER_ADDR" in os.environ and asked == 1
@@ -67,18 +94,30 @@ def build_accelerator(deterministic: bool = True, broadcast_buffers: bool = True
             "cpu4.yaml, or with a YAML whose num_processes is the number of GPUs"
         )
     cpu = wants_cpu or devices == 0
-    accelerator = _Accelerator(
-        cpu=cpu,
-        kwargs_handlers=[
-            # The others wait while a node's first process downloads or decodes.
-            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2)),
-            # Otherwise DistributedDataParallel re-orders its buckets after a process's first
-            # step, and its sums with them, so that a resumed run would end with other bits.
-            DistributedDataParallelKwargs(
-                find_unused_parameters=cpu or deterministic, broadcast_buffers=broadcast_buffers
-            ),
-        ],
-    )
+    if cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise UserError("fp16 needs a GPU: on a CPU launch with --mixed_precision bf16 or no")
+    if asked > asked_here and "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ["GLOO_SOCKET_IFNAME"] = find_interface()
+    try:
+        accelerator = _Accelerator(
+            cpu=cpu,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=ANSWER_WITHIN),
+                # Otherwise DistributedDataParallel re-orders its buckets after a process's first
+                # step, and its sums with them, so that a resumed run would end with other bits.
+                DistributedDataParallelKwargs(
+                    find_unused_parameters=cpu or deterministic, broadcast_buffers=broadcast_buffers
+                ),
+            ],
+        )
+    except (ValueError, RuntimeError) as error:
+        what = f"the {asked} processes cannot join" if asked > 1 else "this cannot be launched"
+        raise UserError(f"{what}: {reason(error)}{meeting_place(error)}") from error
+    if accelerator.distributed_type != "NO" and accelerator.distributed_type[:6] != "MULTI_":
+        raise UserError(
+            f"this kit does not know the launcher's mode {accelerator.distributed_type}"
+        )
+    set_patience(PREPARED_WITHIN)
     if accelerator.num_processes != asked:
         raise UserError(
             f"{asked} processes were asked for and {accelerator.num_processes} joined: launch with "
@@ -88,6 +127,34 @@ def build_accelerator(deterministic: bool = True, broadcast_buffers: bool = True
         # oneDNN's LSTM fails there; torch's own computes, and no layer is slower for it.
         torch.backends.mkldnn.set_flags(False)
     return accelerator
+
+
+def _refuse_unknown_modes() -> None:
+    """Raise `UserError` for what `accelerate launch` or the shell exports and nobody here heeds."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16", "fp16"):
+        raise UserError(f"ACCELERATE_MIXED_PRECISION is {precision!r}, and not no, bf16 or fp16")
+    for name, value in sorted(os.environ.items()):
+        is_off = value.lower() in OFF or f"{name[-6:]}={value}" == "_STEPS=1"  # of accumulation
+        if name.startswith("ACCELERATE_") and name not in KNOWN_VARIABLES and not is_off:
+            instead = " (--compile compiles the model)" if "DYNAMO" in name else ""
+            raise UserError(
+                f"{name}={value} is for another kind of training than this kit's{instead}: launch "
+                "with a YAML of accelerate_configs/, or unset it"
+            )
+    tasks = get_int_from_env(["SLURM_STEP_NUM_TASKS"], 1)
+    if tasks > 1 and not any(name in os.environ for name in WORLD_SIZE_VARIABLES):
+        raise UserError(
+            f"srun has started {tasks} processes that do not know of each other: start them with "
+            "cluster/slurm_task.sh, or one torchrun on each node"
+        )
+
+
+def set_patience(timeout: datetime.timedelta) -> None:
+    """How long the processes of a run wait for each other from now on."""
+    if dist.is_initialized():
+        # Torch before 2.15 knows it by its old name.
+        getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(timeout)
 
 
 def keep_freed_memory(largest: int) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from engine.exits import STOP_SIGNALS, Stopped
+from engine.launch import ANSWER_WITHIN
 
 # The terminal or the scheduler signals all processes, and a launcher passes the signal on to them
 # once more: within this many seconds it is one request, and not the second that means "at once".
@@ -35,7 +36,7 @@ class Preemption:
         self.signum, self.since, self.is_deferred = 0, 0.0, False
         # A gloo group of its own: reading a flag over NCCL would make the CPU wait for the GPU.
         several = accelerator.num_processes > 1
-        self.group: Any = dist.new_group(backend="gloo") if several else None
+        self.group: Any = dist.new_group(backend="gloo", timeout=ANSWER_WITHIN) if several else None
         self.pending: tuple[torch.Tensor, Any] | None = None
         for signum in STOP_SIGNALS:
             # Ignored by nohup: the run is to outlive its terminal.

@@ -30,6 +30,7 @@ from engine.checkpoints import Checkpoint, Writer, load, newest_whole, previous_
 from engine.cli import UserError
 from engine.exits import Stopped
 from engine.files import Named, check_outputs, lock, same_place, whole_or_absent
+from engine.launch import ANSWER_WITHIN, set_patience
 from engine.metrics import Curves, Sums, diverged, has_points
 from engine.preemption import Preemption
 from engine.streams import fall_back_to_stderr
@@ -217,6 +218,7 @@ class Run:
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """`Accelerator.prepare`; what it returns is what `save` saves."""
+        set_patience(ANSWER_WITHIN)  # downloads and decoding are done
         with warnings.catch_warnings():
             # Torch 2.15 has another name for it, which 2.11 and Accelerate do not know.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

@@ -2,13 +2,29 @@
 
 import os
 import platform
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from kit import KIT, PATIENCE, launch, make_dataset
+from kit import (
+    KIT,
+    PATIENCE,
+    PROBE,
+    Result,
+    Running,
+    error_line,
+    launch,
+    make_corpus,
+    make_dataset,
+    run,
+)
+
+from engine.network import reason
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
 
@@ -73,3 +89,157 @@ def test_a_batch_that_processes_cannot_share_is_refused_once(launcher: str, tmp_
         "resnet_main.py: error: --batch-size 6 is for all processes together and cannot be "
         "divided by 4: use a multiple"
     ]
+
+
+TINY = ("--data", "sample", "--emsize", 8, "--nhid", 8, "--dry-run")
+
+
+def test_a_precision_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    for precision in ("BF16", "bfloat16", "fp8", "float32", ""):
+        line = error_line(
+            run("lm_main.py", cwd=tmp_path, env={"ACCELERATE_MIXED_PRECISION": precision})
+        )
+        assert f"ACCELERATE_MIXED_PRECISION is '{precision}', and not no, bf16 or fp16" in line
+    on_cpu = {"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "yes"}
+    line = error_line(run("lm_main.py", cwd=tmp_path, env=on_cpu))
+    assert "fp16 needs a GPU: on a CPU launch with --mixed_precision bf16 or no" in line
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".std")]
+
+
+def test_what_the_kit_does_not_understand_of_a_launcher_is_refused(tmp_path: Path) -> None:
+    for name, value in {
+        "ACCELERATE_DYNAMO_BACKEND": "EAGER",
+        "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_USE_DEEPSPEED": "True",
+        "ACCELERATE_USE_MEGATRON_LM": "1",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_TORCH_DEVICE": "meta",
+        "ACCELERATE_OF_NEXT_YEAR": "on",
+    }.items():
+        line = error_line(run("lm_main.py", *TINY, cwd=tmp_path, env={name: value}))
+        assert f"{name}={value} is for another kind of training" in line
+        assert ("--compile" in line) == ("DYNAMO" in name)
+    line = error_line(run("lm_main.py", cwd=tmp_path, env={"ACCELERATE_USE_CPU": "perhaps"}))
+    assert "ACCELERATE_USE_CPU" in line
+    line = error_line(run("lm_main.py", cwd=tmp_path, env={"SLURM_STEP_NUM_TASKS": "2"}))
+    assert "srun has started 2 processes that do not know of each other" in line
+    harmless = {
+        "ACCELERATE_USE_FSDP": "false",
+        "ACCELERATE_DYNAMO_BACKEND": "no",
+        "ACCELERATE_DYNAMO_MODE": "max-autotune",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+        "ACCELERATE_DEBUG_MODE": "1",
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_USE_CPU": "yes",
+    }
+    assert run("lm_main.py", *TINY, cwd=tmp_path, env=harmless).code == 0
+
+
+def several(count: int, port: int, **env: str) -> list[dict[str, str]]:
+    """The variables with which a launcher starts `count` processes."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return [common | {"RANK": str(i), "LOCAL_RANK": str(i), **env} for i in range(count)]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_processes_that_cannot_join_say_why(tmp_path: Path) -> None:
+    first, _ = several(2, free_port(), GLOO_SOCKET_IFNAME="eth9")
+    result = run("lm_main.py", *TINY, cwd=tmp_path, env={**first, "WORLD_SIZE": "1"})
+    last = result.err.splitlines()[-1]
+    assert result.code == 2
+    assert "error: this cannot be launched: Unable to find address for: eth9 (MASTER_ADDR" in last
+    assert "GLOO_SOCKET_IFNAME=eth9" in last
+    with socket.socket() as occupied:
+        occupied.bind(("0.0.0.0", 0))
+        occupied.listen()
+        port = occupied.getsockname()[1]
+        result = run("lm_main.py", *TINY, cwd=tmp_path, env=several(2, port)[0])
+    last = result.err.splitlines()[-1]
+    assert result.code == 2
+    assert "error: the 2 processes cannot join: The server socket has failed to listen" in last
+    assert f"MASTER_PORT={port}" in last
+
+
+def test_the_cause_is_found_in_what_torch_says() -> None:
+    duplicate = "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 5d000"
+    for text, expected in {
+        "NCCL error in: /pytorch/ProcessGroupNCCL.cpp:94, invalid usage, NCCL version 2.27.5\n"
+        f"ncclInvalidUsage: This usually reflects invalid usage.\nLast error:\n{duplicate}\n"
+        "Exception raised from create at NCCLUtils.cpp (most recent call first):\nframe #0": (
+            duplicate
+        ),
+        "NCCL error in: /pytorch/NCCLUtils.cpp:94, unhandled system error\nLast error:\n": (
+            "NCCL error in: /pytorch/NCCLUtils.cpp:94, unhandled system error"
+        ),
+        "[enforce fail at /p/third_party/gloo/gloo/tcp/device.cc:84] ifa != nullptr. Unable to "
+        "find address for: eth9": "Unable to find address for: eth9",
+        "[/p/third_party/gloo/gloo/tcp/pair.cc:561] Connection closed by peer [10.0.0.1]:283. This "
+        "is typically caused by a remote worker crashing.": (
+            "Connection closed by peer [10.0.0.1]:283."
+        ),
+        "": "RuntimeError",
+    }.items():
+        assert reason(RuntimeError(text)) == expected
+
+
+PATIENT = """
+import datetime, os, sys, time
+import lm_main
+from engine import launch, preemption, run
+from engine.exits import run_script
+
+for module in launch, preemption, run:
+    module.ANSWER_WITHIN = datetime.timedelta(seconds=4)
+load_corpus = lm_main.load_corpus
+
+def download(data):
+    if os.environ["RANK"] == "0":
+        time.sleep(8)
+    return load_corpus(data)
+
+lm_main.load_corpus = download
+run_script(lm_main.main)
+"""
+
+
+def test_a_download_may_take_long_and_a_hung_process_in_training_is_known(tmp_path: Path) -> None:
+    (tmp_path / "patient.py").write_text(PATIENT)
+    make_corpus(tmp_path / "set", train=20_000)
+    processes = []
+    for i, env in enumerate(several(2, free_port())):
+        (tmp_path / str(i)).mkdir()
+        flags = ["--data", tmp_path / "set", *TINY[2:6], "--log-interval", 1, "--epochs", 99]
+        processes.append(
+            Running(str(tmp_path / "patient.py"), *flags, cwd=tmp_path / str(i), env=PROBE | env)
+        )
+    out = tmp_path / "0" / ".stdout"
+    while "| epoch   1 |     2/" not in out.read_text():
+        assert all(process.process.is_alive() for process in processes)
+        time.sleep(0.1)
+    hung = processes[1].process
+    assert hung.pid is not None
+    os.kill(hung.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    result = processes[0].finish()
+    hung.kill()
+    assert 3 < time.monotonic() - started < 20
+    assert result.code == 1
+    line = result.err.splitlines()[-1]
+    # Gloo says one of several things.
+    assert "patient.py: error: another process of the run has gone or hangs (" in line
+    assert "Timed out waiting 4000ms" in line or "Application timeout" in line
+
+
+def test_the_work_of_one_process_is_done_once(tmp_path: Path) -> None:
+    first, second = several(2, free_port())
+    for script in ("model_summary.py", "lm_generate.py", "export_graph.py"):
+        assert run(script, "--no-such-flag", cwd=tmp_path, env=second) == Result(0, "", "")
+        error_line(run(script, "--no-such-flag", cwd=tmp_path, env=first))
+    mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+    assert run("model_summary.py", cwd=tmp_path, env=mpi) == Result(0, "", "")
