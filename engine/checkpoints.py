@@ -91,9 +91,11 @@ class Checkpoint(dict[str, Any]):
         state = self.value("optimizer", dict)
         if not state:
             return
-        kernels = [{k: g[k] for k in KERNELS if k in g} for g in optimizer.param_groups]
         try:
-            optimizer.load_state_dict(state)
+            # Before the load: on which device AdamW's `step` has to be depends on them.
+            pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+            groups = [{**its, **{k: own[k] for k in KERNELS if k in own}} for its, own in pairs]
+            optimizer.load_state_dict({**state, "param_groups": groups})
             for parameter, values in optimizer.state.items():
                 for name, tensor in values.items():
                     if name == "step" or tensor is None:  # AdamW's count; momentum before a step
@@ -104,8 +106,6 @@ class Checkpoint(dict[str, Any]):
                     values[name] = torch.empty_like(parameter.detach()).copy_(tensor)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self.error(f"its optimizer is not one for this model ({error})") from error
-        for group, own in zip(optimizer.param_groups, kernels, strict=True):
-            group.update(own)
 
 
 def save(

@@ -22,7 +22,7 @@ from engine.cli import UserError
 from engine.streams import fall_back_to_stderr, make_unfailing
 
 EXIT_USER_ERROR = 2
-EXIT_STOPPED = os.EX_TEMPFAIL  # 75: stopped by a signal, to be resumed
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, to be resumed
 
 # How torchrun, mpirun's families and srun number the processes that they start.
 RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -81,7 +81,6 @@ def run_script(main: Callable[[], None], *, alone: bool = False) -> NoReturn:
     Before the processes of a run have joined, all of them usually meet the same mistake, and the
     first to leave makes the launcher end the others: so each waits its turn to speak.
     """
-    import torch
     import torch.distributed as dist
 
     if signal.getsignal(signal.SIGINT) is _leave_while_loading:
@@ -93,32 +92,22 @@ def run_script(main: Callable[[], None], *, alone: bool = False) -> NoReturn:
         main()
         # Not by the interpreter's own end, in which gloo's threads now and then abort the process.
         leave(0)
-    except (UserError, torch.OutOfMemoryError, OSError) as error:
-        lacks_folder = "No usable temporary directory" in str(error)  # of Python's tempfile
-        if isinstance(error, OSError) and not (lacks_folder or error.errno in OF_A_PATH):
-            raise
-        if not dist.is_initialized():
-            # Another process may have failed first: unblock the launcher's SIGTERM, so that it
-            # ends this one before it repeats the message.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            time.sleep(min(10 * rank(), 30))
-        full = isinstance(error, torch.OutOfMemoryError)
-        if lacks_folder:
-            _report("no temporary folder can be written: TMPDIR=/a/folder names one")
-        elif isinstance(error, OSError):
-            _report(f"{error.filename}: {error.strerror}")
-        else:
-            _report("the GPU's memory is full: use a smaller --batch-size" if full else str(error))
-        leave(EXIT_USER_ERROR)
-    except RuntimeError as error:
+    except Exception as error:
         from engine.network import failure
 
-        line = failure(error)
-        if line is None:
-            raise
-        _report(line)
-        leave(1)
+        if mistake := _mistake(error):
+            if not dist.is_initialized():
+                # Another process may have failed first: unblock the launcher's SIGTERM, so that it
+                # ends this one before it repeats the message.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                unblock_signals()
+                time.sleep(min(10 * rank(), 30))
+            _report(mistake)
+            leave(EXIT_USER_ERROR)
+        if lost := failure(error):
+            _report(lost)
+            leave(1)
+        raise
     except Stopped as stopped:
         fall_back_to_stderr()
         if rank() == 0:
@@ -126,6 +115,32 @@ def run_script(main: Callable[[], None], *, alone: bool = False) -> NoReturn:
         leave(EXIT_STOPPED)
     except KeyboardInterrupt:
         leave(130)
+
+
+def _mistake(error: Exception) -> str | None:
+    """The line for what the user can mend: the input, or the machine; None for any other error."""
+    import torch
+
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full: use a smaller --batch-size"
+    # Of torch's and of the system's allocators.
+    full = ("DefaultCPUAllocator", "Cannot allocate memory")
+    if isinstance(error, MemoryError) or any(phrase in text for phrase in full):
+        return "the machine's memory is full: use a smaller --batch-size or model"
+    if "No usable temporary directory" in text:  # of Python's tempfile
+        return "no temporary folder can be written: TMPDIR=/a/folder names one"
+    if isinstance(error, OSError) and error.errno in OF_A_PATH:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def unblock_signals() -> None:
+    """Let signals arrive that cluster/slurm_task.sh blocks while Python loads its libraries."""
+    if hasattr(signal, "pthread_sigmask"):  # which Windows lacks
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def rank() -> int:

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+import psutil
 from tqdm import tqdm
 
 from engine.cli import UserError
@@ -56,7 +57,7 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
     prefix = f".{path.name}.{socket.gethostname()}-"
     for stale in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
         owner = stale.name.removeprefix(prefix).removesuffix(".tmp")
-        if owner.isdigit() and not _is_running(int(owner)):
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
             _remove(stale)
     temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
     _remove(temporary)
@@ -71,9 +72,10 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
         elif not path.exists():
             temporary.rename(path)
         # Until the directory is synchronised, a power failure may undo the rename.
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
+        with contextlib.suppress(PermissionError):  # one that cannot be read; Windows has no such
+            directory = os.open(path.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
     finally:
         _remove(temporary)
 
@@ -104,16 +106,6 @@ def writing(path: Path) -> Iterator[Path]:
             yield temporary
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _remove(path: Path) -> None:

@@ -19,8 +19,10 @@ LOST = (
 UNREACHABLE = ("Unable to find", "connectFullMesh", "timed out connecting", "Connection refused")
 
 
-def failure(error: RuntimeError) -> str | None:
+def failure(error: Exception) -> str | None:
     """The line for an error in which processes do not reach each other; None for any other."""
+    if not isinstance(error, RuntimeError):
+        return None
     if dist.is_initialized() and any(phrase in str(error) for phrase in LOST):
         return (
             f"another process of the run has gone or hangs ({reason(error)}): --resume auto goes "

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from engine.exits import STOP_SIGNALS, Stopped
+from engine.exits import STOP_SIGNALS, Stopped, unblock_signals
 from engine.launch import ANSWER_WITHIN
 
 # The terminal or the scheduler signals all processes, and a launcher passes the signal on to them
@@ -42,8 +42,7 @@ class Preemption:
             # Ignored by nohup: the run is to outlive its terminal.
             if signum.name != "SIGHUP" or signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self._note)
-        # cluster/slurm_task.sh blocks them: a signal that came during the start arrives now.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        unblock_signals()  # one that came during the start arrives now
         # Set by `accelerate launch` and torchrun, and by nobody by hand. Without them the parent is
         # a shell, whose end means nothing.
         launched = {"ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
@@ -101,4 +100,5 @@ def leave_signals_to_parent(worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
     # A parent that ends clears its workers away by SIGTERM. They go on for as long as the step
     # under way may still need them.
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    if hasattr(signal, "alarm"):  # which Windows lacks
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

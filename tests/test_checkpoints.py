@@ -204,3 +204,21 @@ def test_values_of_the_wrong_type_are_refused() -> None:
     for wrong, kind in (("3", "str"), (True, "bool")):
         with pytest.raises(UserError, match=f"checkpoint a.pth: epoch is a {kind}: damaged"):
             Checkpoint(Path("a.pth"), {"epoch": wrong}).value("epoch", int)
+
+
+def test_adamws_count_of_steps_stays_where_torch_wants_it() -> None:
+    """In main memory unless this run's own kernels want it beside the weights."""
+    layer = torch.nn.Linear(2, 2)
+    saved = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    saved.step()
+    state = saved.state_dict()
+    state["param_groups"][0].update(fused=True, lr=0.5)  # as a GPU's run may have it
+    elsewhere = torch.optim.AdamW(torch.nn.Linear(2, 2, device="meta").parameters())
+    Checkpoint(content={"optimizer": state}).load_optimizer(elsewhere)
+    for values in elsewhere.state.values():
+        assert values["step"].device.type == "cpu"
+        assert values["step"] == 1
+        assert values["exp_avg"].device.type == "meta"
+    group = elsewhere.param_groups[0]
+    assert (group["lr"], group["fused"]) == (0.5, None)

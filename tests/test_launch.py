@@ -243,3 +243,57 @@ def test_the_work_of_one_process_is_done_once(tmp_path: Path) -> None:
         error_line(run(script, "--no-such-flag", cwd=tmp_path, env=first))
     mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
     assert run("model_summary.py", cwd=tmp_path, env=mpi) == Result(0, "", "")
+
+
+def test_memory_that_does_not_suffice_is_one_line(tmp_path: Path) -> None:
+    huge = ("--data", "sample", "--emsize", 10**13, "--dry-run")
+    line = error_line(run("lm_main.py", *huge, cwd=tmp_path))
+    assert "the machine's memory is full: use a smaller --batch-size or model" in line
+
+
+WINDOWS = """
+import ctypes, enum, os, runpy, signal, sys
+
+def no_program(name, *_):
+    raise TypeError(f"LoadLibrary() argument 1 must be str, not {name}")
+
+for name in list(sys.modules):
+    if name.split(".")[0] in ("engine", "image_classification", "word_language_model", "lm_main"):
+        del sys.modules[name]
+kept = ("SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM")
+signal.Signals = enum.IntEnum("Signals", {n: int(getattr(signal, n)) for n in kept})
+for name in dir(signal):
+    if name.startswith("SIG") and name not in (*kept, "SIG_DFL", "SIG_IGN"):
+        delattr(signal, name)
+for name in ("pthread_sigmask", "pthread_kill", "alarm", "setitimer", "sigwait", "siginterrupt"):
+    delattr(signal, name)
+for name in [n for n in dir(os) if n.startswith("EX_")] + ["getuid", "getpgid", "killpg", "setsid"]:
+    delattr(os, name)
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+ctypes.CDLL = no_program
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_what_only_posix_has_is_done_without(tmp_path: Path) -> None:
+    """A stub of Windows: it lacks most signals, fcntl, and what else such programs stumble over."""
+    (tmp_path / "windows.py").write_text(WINDOWS)
+
+    def there(script: str, *args: object) -> Result:
+        return run(str(tmp_path / "windows.py"), KIT / script, *args, cwd=tmp_path, env=PROBE)
+
+    trained = there("lm_main.py", *TINY[:-1], "--epochs", 1, "--bptt", 500)
+    assert trained == Result(0, trained.out, "")
+    assert (tmp_path / "model.checkpoint.pt").exists()
+    assert there("lm_generate.py", "--words", 5).code == 0
+    make_dataset(tmp_path / "set", "plain", side=160)
+    flags = ("--image-size", 32, "--stem", "stock", "-b", 24, "--epochs", 1, "-j", 1)
+    trained = there("resnet_main.py", "set", *flags)
+    assert trained == Result(0, trained.out, "")
+    assert (tmp_path / "output" / "resnet" / "checkpoint.pth").exists()
+    scripts = [path.name for path in KIT.glob("*.py")]
+    assert len(scripts) >= 7
+    for script in scripts:
+        assert there(script, "--help").code == 0
