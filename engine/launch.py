@@ -168,11 +168,13 @@ def keep_freed_memory(largest: int) -> None:
             glibc's own threshold ends, and the most that older versions accept.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
-    # Windows cannot open the program itself as a library.
-    if mallopt := getattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt", None):
-        if not mallopt(m_mmap_threshold, largest):
-            mallopt(m_mmap_threshold, 2**25)
-        mallopt(m_trim_threshold, min(2 * largest, 2**31 - 1))
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (TypeError, AttributeError):  # Windows, and libraries other than glibc
+        return
+    if not mallopt(m_mmap_threshold, largest):
+        mallopt(m_mmap_threshold, 2**25)
+    mallopt(m_trim_threshold, min(2 * largest, 2**31 - 1))
 
 
 def describe_run(accelerator: Accelerator) -> str:

@@ -288,8 +288,8 @@ def test_what_only_posix_has_is_done_without(tmp_path: Path) -> None:
     assert trained == Result(0, trained.out, "")
     assert (tmp_path / "model.checkpoint.pt").exists()
     assert there("lm_generate.py", "--words", 5).code == 0
-    make_dataset(tmp_path / "set", "plain", side=160)
-    flags = ("--image-size", 32, "--stem", "stock", "-b", 24, "--epochs", 1, "-j", 1)
+    make_dataset(tmp_path / "set", "plain", side=32)
+    flags = ("--image-size", 32, "--stem", "stock", "-b", 24, "--epochs", 1, "-j", 0)
     trained = there("resnet_main.py", "set", *flags)
     assert trained == Result(0, trained.out, "")
     assert (tmp_path / "output" / "resnet" / "checkpoint.pth").exists()
