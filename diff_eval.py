@@ -261,7 +261,7 @@ def readable_names(data: ImageData) -> list[str]:
     words = data.root / "words.txt"
     known = {}
     if words.is_file():
-        for line in words.read_text("utf-8", "replace").splitlines():
+        for line in words.read_text("utf-8-sig", "replace").splitlines():
             wnid, _, synonyms = line.partition("\t")
             known[wnid] = synonyms.split(",")[0].strip()
     return [known.get(name) or name for name in data.classes]
@@ -284,7 +284,9 @@ def write(chosen: list[tuple[Verdict, str]], data: ImageData, args: argparse.Nam
             temporary.mkdir(parents=True)
             for verdict, name in chosen:
                 shutil.copyfile(verdict.path, temporary / name)
-            with (temporary / CSV).open("w", newline="") as file:
+            with (temporary / CSV).open(
+                "w", encoding="utf-8", errors="backslashreplace", newline=""
+            ) as file:
                 table = csv.writer(file)
                 table.writerow(columns)
                 for verdict, name in chosen:
@@ -293,13 +295,27 @@ def write(chosen: list[tuple[Verdict, str]], data: ImageData, args: argparse.Nam
                     for p, sure in zip(verdict.predictions, verdict.probabilities, strict=True):
                         row += [p, names[p], f"{sure:.6f}"]
                     table.writerow(row)
-            contact_sheet(chosen, names).save(temporary / SHEET)
+            contact_sheet(chosen, drawable_names(data, names)).save(temporary / SHEET)
             shutil.rmtree(previous, ignore_errors=True)
             if folder.exists():
                 folder.rename(previous)
         shutil.rmtree(previous, ignore_errors=True)
     except BadImageError as error:
         raise UserError(f"cannot read {error}: restore it") from error
+
+
+def drawable_names(data: ImageData, names: list[str]) -> list[str]:
+    """`names`, or what the sheet's font has letters for: the class's own name, or its number."""
+    font = ImageFont.load_default(11)
+    box = bytes(font.getmask("\uffff"))  # what is drawn for a letter that the font lacks
+
+    def can_draw(name: str) -> bool:
+        return all(bytes(font.getmask(letter)) != box for letter in name)
+
+    return [
+        next(filter(can_draw, pair), f"class {i}")
+        for i, pair in enumerate(zip(names, data.classes, strict=True))
+    ]
 
 
 def contact_sheet(chosen: list[tuple[Verdict, str]], names: list[str]) -> Image.Image:

@@ -45,22 +45,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     # fmt: off
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", choices=MODELS, default="Transformer", help="language model")
+    which.add_argument("--model", choices=MODELS, help="language model, else Transformer")
     which.add_argument("--resnet", action="store_const", dest="arch", const=DEFAULT.arch,
                        help=f"the classifier {DEFAULT.arch}")
     which.add_argument("-a", "--arch", metavar="ARCH", help="any classifier")
-    which.add_argument("--checkpoint", type=pathname, metavar="PATH",
-                       help="the model that it holds, of resnet_main.py or lm_main.py")
+    add("--checkpoint", type=pathname, metavar="PATH",
+        help="the model that it holds, of resnet_main.py or lm_main.py; -a for a bare state dict")
     add("--format", choices=FORMATS, help="else the output's, else pdf")
     add("--output", type=filename, metavar="PATH", help="else MODEL_arch.FORMAT")
     add("--show-shapes", action="store_true",
         help="sizes and saved tensors of every operation, beside those of the parameters")
     # fmt: on
     args = parser.parse_args(argv)
+    if args.checkpoint and args.model:
+        parser.error("argument --checkpoint: not allowed with argument --model")
 
     suffix = args.output.suffix[1:] if args.output else ""
     file_format = args.format or (suffix if suffix in FORMATS else "pdf")
-    name, model, output = trace(args.model, args.arch, args.checkpoint)
+    name, model, output = trace(args.model or "Transformer", args.arch, args.checkpoint)
     path = args.output or Path(f"{name.lower()}_arch.{file_format}")
     outputs = [("--output", output) for output in {path, path.with_suffix(".gv")}]
     check_outputs(outputs, inputs=[("--checkpoint", args.checkpoint)] if args.checkpoint else [])
@@ -86,10 +88,10 @@ def trace(
     if checkpoint is not None:
         content = checkpoints.load(checkpoint)
         if "vocabulary" in content:
-            kind = str(content.get("model"))
+            kind, arch = str(content.get("model")), None
             model, _ = restore_language_model(content)
         else:
-            model, spec = restore_classifier(content)
+            model, spec = restore_classifier(content, arch)
             arch = spec.arch
     elif arch is not None:
         spec = default_spec(arch)

@@ -96,6 +96,9 @@ class Checkpoint(dict[str, Any]):
             pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
             groups = [{**its, **{k: own[k] for k in KERNELS if k in own}} for its, own in pairs]
             optimizer.load_state_dict({**state, "param_groups": groups})
+            for group in optimizer.param_groups:
+                if missing := optimizer.defaults.keys() - group.keys():
+                    raise ValueError(f"no {type(optimizer).__name__}: {min(missing)} is missing")
             for parameter, values in optimizer.state.items():
                 for name, tensor in values.items():
                     if name == "step" or tensor is None:  # AdamW's count; momentum before a step

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -104,9 +105,10 @@ def run_script(main: Callable[[], None], *, alone: bool = False) -> NoReturn:
                 time.sleep(min(10 * rank(), 30))
             _report(mistake)
             leave(EXIT_USER_ERROR)
-        if lost := failure(error):
+        if lost := _lost_worker(error) or failure(error):
             _report(lost)
             leave(1)
+        end_workers()
         raise
     except Stopped as stopped:
         fall_back_to_stderr()
@@ -126,6 +128,12 @@ def _mistake(error: Exception) -> str | None:
         return text
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full: use a smaller --batch-size"
+    short = re.search(r"shared memory(\(shm\)| object) .*: (.+)|(Bus error)\.", text)
+    if isinstance(error, RuntimeError) and short:
+        return (
+            f"the worker processes have too little shared memory ({short[2] or short[3]}): enlarge "
+            "/dev/shm (docker run --shm-size 1g), or use fewer --workers (0: none)"
+        )
     # Of torch's and of the system's allocators.
     full = ("DefaultCPUAllocator", "Cannot allocate memory")
     if isinstance(error, MemoryError) or any(phrase in text for phrase in full):
@@ -135,6 +143,17 @@ def _mistake(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in OF_A_PATH:
         return f"{error.filename}: {error.strerror}"
     return None
+
+
+def _lost_worker(error: Exception) -> str | None:
+    """The line for a DataLoader's worker that has gone; None for any other error."""
+    if not str(error).startswith("DataLoader worker (pid"):
+        return None
+    how = re.search(r"killed by signal: [\w ]+|exit code \d+", f"{error} {error.__cause__}")
+    return (
+        f"a worker process has gone ({how[0] if how else 'killed'}): if memory was short, use "
+        "fewer --workers; --resume auto goes on from the last checkpoint"
+    )
 
 
 def unblock_signals() -> None:
@@ -168,11 +187,18 @@ def leave(code: int) -> NoReturn:
         signal.signal(signum, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
-    for child in multiprocessing.active_children():
-        child.kill()
+    end_workers()
     if hasattr(sys, "ps1"):  # IPython's %run: the process is not ours to end, nor its signals
         for signum in STOP_SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.exit(code)
     os._exit(code)
+
+
+def end_workers() -> None:
+    """Kill the processes that this one has started; its own end would wait a minute for them."""
+    if hasattr(signal, "SIGCHLD"):  # whose handler, torch's, raises for a worker that is killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()

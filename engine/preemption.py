@@ -10,14 +10,18 @@ import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch.utils.data import DataLoader
 
+from engine.cli import UserError
 from engine.exits import STOP_SIGNALS, Stopped, unblock_signals
 from engine.launch import ANSWER_WITHIN
+
+T = TypeVar("T")
 
 # The terminal or the scheduler signals all processes, and a launcher passes the signal on to them
 # once more: within this many seconds it is one request, and not the second that means "at once".
@@ -94,6 +98,26 @@ class Preemption:
             raise Stopped(agreed)
 
 
+def start_workers(loader: DataLoader[T]) -> Iterator[T]:
+    """`iter(loader)`; the stop signals are kept from its workers until they ignore them.
+
+    Raises:
+        UserError: the machine has no room for them.
+    """
+    can_block = hasattr(signal, "pthread_sigmask")  # which Windows lacks
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if can_block else set()
+    try:
+        return iter(loader)
+    except OSError as error:  # of a fork, or of a semaphore, which lies in /dev/shm
+        raise UserError(
+            f"cannot start {loader.num_workers} worker processes ({error.strerror}): use fewer "
+            "--workers (0: none), or give them more room (memory, processes, /dev/shm)"
+        ) from error
+    finally:
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_parent(worker: int) -> None:
     """A DataLoader's `worker_init_fn`: a signal to the whole group is for the training alone."""
     for signum in STOP_SIGNALS:
@@ -102,3 +126,4 @@ def leave_signals_to_parent(worker: int) -> None:
     # under way may still need them.
     if hasattr(signal, "alarm"):  # which Windows lacks
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    unblock_signals()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -19,14 +21,15 @@ from tqdm import tqdm
 
 from engine.cli import UserError
 from engine.files import writing
-from engine.preemption import leave_signals_to_parent
+from engine.preemption import leave_signals_to_parent, start_workers
 
 SMALL = 128  # pixels a side; larger images are decoded by worker processes in every epoch
 PROBES = 64  # files whose headers tell whether a dataset's images are small
-BATCH = 256
+BATCH = 64  # images; all workers' batches fit the 64 MB of shared memory that containers have
 MOST_NAMED = 1000  # bad files in one message
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
+# A damaged file raises what its parser happened to meet: struct.error, EOFError, KeyError, …
+UNREADABLE = Exception
 
 
 class BadImageError(Exception):
@@ -96,7 +99,7 @@ def _decode(
     )
     problems: list[str] = []
     with tqdm(total=len(paths), unit="images", desc=description, disable=None) as bar:
-        for pixels, reasons in loader:
+        for pixels, reasons in start_workers(loader):
             yield pixels
             problems.extend(reasons)
             bar.update(len(pixels))
@@ -124,19 +127,21 @@ def refuse_bad_images(root: Path, paths: Sequence[str], workers: int) -> NoRetur
 def small_side(paths: Sequence[str]) -> int | None:
     """The side of the images when they are small squares of one size, else None.
 
-    Reads the headers of a sample of files.
+    Reads the headers of a sample of files. Fewer than a tenth of them may have another size, so
+    that a stray does not decide how all others are read.
     """
-    sizes = set()
+    sizes: Counter[tuple[int, int]] = Counter()
     for path in _sample(paths):
         try:
             with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-                sizes.add(image.size)
+                sizes[image.size] += 1
         except UNREADABLE:
             continue  # decoding will name it
-    if len(sizes) != 1:
+    if not sizes:
         return None
-    width, height = sizes.pop()
-    return width if width == height <= SMALL else None
+    (width, height), count = sizes.most_common(1)[0]
+    is_common = count > 0.9 * sizes.total()
+    return width if is_common and width == height <= SMALL else None
 
 
 def decoded_images(root: Path, paths: Sequence[str], side: int, workers: int) -> torch.Tensor:
@@ -170,7 +175,10 @@ def decoded_images(root: Path, paths: Sequence[str], side: int, workers: int) ->
         for outdated in root.glob(".decoded-*.uint8") if cache is beside else ():
             if outdated != cache:
                 outdated.unlink(missing_ok=True)
-    return torch.from_file(str(cache), size=size, dtype=torch.uint8).view(shape)
+    # Not torch.from_file, which takes no name that is not UTF-8.
+    with cache.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(mapped, dtype=torch.uint8).view(shape)
 
 
 def _digest(*identity: object) -> str:

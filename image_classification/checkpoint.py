@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.checkpoints import Checkpoint
 from image_classification.model import (
+    ARCHITECTURES,
     DEFAULT,
     STEMS,
     ModelSpec,
@@ -29,7 +30,10 @@ def read_spec(checkpoint: Checkpoint, arch: str | None, stem: str | None) -> Mod
     Raises:
         UserError: keys of the wrong type or an architecture that torchvision does not have.
     """
-    arch = checkpoint.value("arch", str) or arch or DEFAULT.arch
+    own = checkpoint.value("arch", str)
+    if own and own not in ARCHITECTURES:
+        raise checkpoint.error(f"is a {own}, which torchvision does not have")
+    arch = own or arch or DEFAULT.arch
     check_architecture(arch)
     stem = (checkpoint.value("stem", str) or stem or "stock") if has_stem(arch) else None
     if stem not in (None, *STEMS):

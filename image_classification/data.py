@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from engine.cli import UserError
 from engine.exits import has_temporary_folder
-from engine.preemption import leave_signals_to_parent
+from engine.preemption import leave_signals_to_parent, start_workers
 from engine.seeds import derive_seed, seed_generators
 from image_classification.augment import Crops, draw_crops, normalise, resize, resized_crop
 from image_classification.cache import decoded_images, open_image, small_side
@@ -277,7 +277,7 @@ class ImageLoader:
         """[b, 3, size, size], float32 from 0 to 255, of the samples of each part."""
         if isinstance(self.images, ImageFiles):
             self.keys[:] = [[(epoch, i) for i in rows.tolist()] for rows in parts]
-            for pixels in self.loader:
+            for pixels in start_workers(self.loader):
                 yield pixels.to(self.device, non_blocking=True).float()
             return
         images = self.images.images

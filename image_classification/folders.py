@@ -80,11 +80,16 @@ def _find_images(root: Path) -> ImageFolders:
     if unknown := [name for name in names if name not in positions]:
         raise UserError(
             f"dataset {root}: {place.relative_to(root)}/ has {len(unknown)} class(es) that train/ "
-            f"lacks: {', '.join(unknown[:5])}"
+            f"lacks: {', '.join(map(_visible, unknown[:5]))}"
         )
     return ImageFolders(
         root, classes, train, _list_classes(place, {name: positions[name] for name in names})
     )
+
+
+def _visible(name: str) -> str:
+    """`name` such that two that only look alike differ, as in é and e with an accent."""
+    return name if name.isascii() else f"{name} ({ascii(name)[1:-1]})"
 
 
 def _folders(folder: Path) -> list[str]:
@@ -134,7 +139,9 @@ def _list_annotated(images: Path, names: list[str], positions: dict[str, int]) -
         raise UserError(f"{annotations}: missing, and with it the classes of {images}")
     unlabelled = dict.fromkeys(names)
     targets: dict[str, int] = {}
-    for number, line in enumerate(annotations.read_text("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(
+        annotations.read_text("utf-8-sig", "surrogateescape").splitlines(), 1
+    ):
         if not line.strip():
             continue
         name, wnid, *_ = [*line.split("\t"), ""]

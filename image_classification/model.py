@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import urllib.error
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,12 +126,17 @@ def _load_pretrained(model: nn.Module, spec: ModelSpec) -> None:
         # Torchvision's constructor, since it renames the old keys of some of its files.
         with patch_environment(torch_force_weights_only_load="1"):
             state = models.get_model(spec.arch, weights=weights).state_dict()
-    except (urllib.error.URLError, RuntimeError, OSError) as error:
-        reason = getattr(error, "reason", None) or str(error).splitlines()[0]
-        name = weights.url.rsplit("/", 1)[-1]
+    # A file that is something else fails in whichever layer meets it, with its exception.
+    except Exception as error:
+        reason = getattr(error, "reason", None) or f"{error}".split("\n")[0].split(". ")[0]
+        path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+        if path.exists():
+            raise UserError(
+                f"--pretrained: {path} is not the file of {weights.url} ({reason}): delete it, and "
+                "it is downloaded again"
+            ) from error
         raise UserError(
-            f"--pretrained: cannot get {weights.url} ({reason}): download it by hand to "
-            f"{Path(torch.hub.get_dir()) / 'checkpoints' / name}"
+            f"--pretrained: cannot get {weights.url} ({reason}): download it by hand to {path}"
         ) from error
     if isinstance(model, models.VisionTransformer):
         state = interpolate_embeddings(spec.image_size, model.patch_size, state)

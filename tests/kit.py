@@ -83,6 +83,7 @@ def _enter(
     os.chdir(cwd)
     os.environ.update(env)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    multiprocessing.set_start_method(None, force=True)  # of a script's own workers: the default
     sys.argv = argv
     # As Python itself does, which has None for a closed stream.
     encoding = env.get("PYTHONIOENCODING")

@@ -5,15 +5,20 @@ process_probe.py same SMALL LARGE  what an epoch of two datasets is made of (ind
 process_probe.py kill COMMAND EPOCH STEP …
                                    the command with these flags, killed once it has saved that
 process_probe.py compile …         resnet_main.py with these flags and a compiler that only counts
+process_probe.py slow …            resnet_main.py with these flags and slow workers
+process_probe.py shm SIZE …        resnet_main.py with these flags and a /dev/shm of its own
 process_probe.py follow …          resnet_main.py with these flags and `small_model`; leaves in
                                    steps.pt what the run was after every step
 process_probe.py best ACC1,… …     resnet_main.py with these flags, `small_model`, and these
                                    accuracies for its epochs
 """
 
+import ctypes
 import hashlib
 import os
+import subprocess
 import sys
+import time
 from collections import OrderedDict
 from typing import Any
 from unittest.mock import patch
@@ -27,8 +32,9 @@ from engine import checkpoints
 from engine.checkpoints import Checkpoint
 from engine.exits import run_script
 from engine.launch import build_accelerator
+from engine.preemption import leave_signals_to_parent
 from engine.run import Run
-from image_classification import training
+from image_classification import data, training
 from image_classification.data import ImageLoader, load_dataset
 from image_classification.metrics import Statistics
 from image_classification.model import ModelSpec
@@ -39,9 +45,9 @@ def same() -> None:
     accelerator = build_accelerator()
     for path in sys.argv[2:]:
         with accelerator.local_main_process_first():
-            data = load_dataset(path, 32, seed=5, workers=1, download=False)
+            found = load_dataset(path, 32, seed=5, workers=1, download=False)
         options: dict[str, Any] = {"batch_size": 12, "image_size": 32, "seed": 5, "workers": 1}
-        loader = ImageLoader(accelerator, data.train, train=True, **options)
+        loader = ImageLoader(accelerator, found.train, train=True, **options)
         # Whole, and as a run resumed after its first step has it.
         for batch in (*loader.epoch(2), *loader.epoch(2, start=1)):
             indices = batch.indices.to(accelerator.device)
@@ -108,6 +114,24 @@ def count_compilations() -> None:
     run_script(lambda: resnet_main.main(sys.argv[2:]))
 
 
+def start_slowly() -> None:
+    def slow(worker: int) -> None:
+        time.sleep(1)
+        leave_signals_to_parent(worker)
+
+    patch.object(data, "leave_signals_to_parent", slow).start()
+    run_script(lambda: resnet_main.main(sys.argv[2:]))
+
+
+def give_shared_memory() -> None:
+    new_mounts = 0x20000  # CLONE_NEWNS of linux/sched.h
+    assert not ctypes.CDLL(None).unshare(new_mounts)
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={sys.argv[2]}", "tmpfs", "/dev/shm"]
+    subprocess.run(mount, check=True)
+    run_script(lambda: resnet_main.main(sys.argv[3:]))
+
+
 def small_model(classes: int) -> torch.nn.Sequential:
     """Normalisation, dropout, and no kink at which rounding would decide about a gradient."""
     layers: dict[str, torch.nn.Module] = {
@@ -154,7 +178,7 @@ def give_accuracies() -> None:
 
 PROBES = {
     **{"same": same, "kill": kill, "compile": count_compilations},
-    **{"follow": follow, "best": give_accuracies},
+    **{"slow": start_slowly, "shm": give_shared_memory, "follow": follow, "best": give_accuracies},
 }
 
 if __name__ == "__main__":

@@ -222,3 +222,17 @@ def test_adamws_count_of_steps_stays_where_torch_wants_it() -> None:
         assert values["exp_avg"].device.type == "meta"
     group = elsewhere.param_groups[0]
     assert (group["lr"], group["fused"]) == (0.5, None)
+
+
+@pytest.mark.parametrize("other", ["AdamW", "RMSprop", "Adagrad"])
+def test_the_state_of_another_optimizer_is_refused(other: str) -> None:
+    model = torch.nn.Linear(2, 1)
+    theirs = getattr(torch.optim, other)(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    theirs.step()
+    checkpoint = Checkpoint(Path("a.pth"), {"optimizer": theirs.state_dict()})
+    with pytest.raises(UserError, match=r"a\.pth: its optimizer .* \(no SGD: dampening is missing"):
+        checkpoint.load_optimizer(torch.optim.SGD(model.parameters(), 0.1))
+    ours = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9).state_dict()
+    with pytest.raises(UserError, match=f"no {other}: "):
+        Checkpoint(content={"optimizer": ours}).load_optimizer(theirs)

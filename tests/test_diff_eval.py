@@ -1,7 +1,10 @@
 """Two models whose predictions are known by construction, compared as a user does."""
 
 import csv
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from kit import Result, error_line, launch, run
 from PIL import Image
 from torchvision import models
 
-from diff_eval import choose
+from diff_eval import choose, drawable_names
 from engine.cli import UserError
 from image_classification.augment import MEAN, STD
 
@@ -204,3 +207,30 @@ def test_numbers_are_positions_and_names_are_names() -> None:
     for name in ("4", "dog", "=3", "-1", "", "="):
         with pytest.raises(UserError, match="no class"):
             choose([name], classes)
+
+
+def test_names_that_no_font_or_no_encoding_has(folder: Path) -> None:
+    """Of images, classes, the dataset and the output; the sheet's font has only ASCII letters."""
+    data = folder / os.fsdecode(b"d\xe4ta")
+    classes = ["cat", os.fsdecode(b"d\xf6g"), "\u9c7c"]
+    for name, levels in zip(classes, LEVELS.values(), strict=True):
+        for split in ("train", "val"):
+            (data / split / name).mkdir(parents=True)
+            for i, level in enumerate(levels):
+                path = data / split / name / os.fsdecode(b"\xca\xfd%d.png" % i)
+                Image.new("RGB", (32, 32), (level, 0, 0)).save(path)
+    (data / "words.txt").write_text("\ufeffcat\t\u732b, \u8c93\n", encoding="utf-8")
+    output = os.fsdecode(b"\xe4us")
+    flags: list[object] = ["a_bare.pth", "b_bare.pth", "-a", "resnet18", "--stem", "stock"]
+    flags += ["--image-size", 32, "--classes", "all", "--data", data, "--output-dir", output]
+    result = run("diff_eval.py", *flags, cwd=folder)
+    assert result.code == 0, result
+    assert " * a Acc@1 41.667 b Acc@1 41.667 disagree 2 of 12\n" in result.out
+    assert os.fsdecode(b"0_a1_b0_\xca\xfd2.png") in copies(folder / output)
+    with (folder / output / "disagreements.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = {row["wnid"]: row["name"] for row in rows}
+    assert names == {"cat": "\u732b", "d\\udcf6g": "d\\udcf6g"}
+    found: Any = SimpleNamespace(classes=[*classes, "ok"])
+    readable = ["\u732b", classes[1], classes[2], "fine"]
+    assert drawable_names(found, readable) == ["cat", "class 1", "class 2", "fine"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from kit import error_line, run
+from torchvision import models
 
 from image_classification import model as image_model
 from image_classification.model import ModelSpec
@@ -63,6 +64,10 @@ def test_checkpoints_and_shapes(tmp_path: Path) -> None:
     for checkpoint, name in (("image.pth", "resnet152"), ("model.pt", "gru")):
         flags = ("--checkpoint", checkpoint, "--format", "gv", "--output", f"{name}.gv")
         assert run("export_graph.py", *flags, cwd=tmp_path).code == 0
+    torch.save(models.squeezenet1_1(num_classes=2).state_dict(), tmp_path / "bare.pth")
+    bare = ("--checkpoint", "bare.pth", "-a", "squeezenet1_1", "--format", "gv")
+    assert run("export_graph.py", *bare, cwd=tmp_path).code == 0
+    assert "features.3.squeeze.weight" in (tmp_path / "squeezenet1_1_arch.gv").read_text()
     assert "layer3.35.conv3.weight" in (tmp_path / "resnet152.gv").read_text()
     plain = (tmp_path / "gru.gv").read_text()
     assert "rnn.weight_ih_l0\n (12, 4)" in plain
@@ -79,6 +84,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         ("--model", "BERT"): "invalid choice: 'BERT'",
         ("--checkpoint", "text.pt"): "no checkpoint",
         ("--model", "GRU", "--resnet"): "not allowed with argument",
+        ("--model", "GRU", "--checkpoint", "text.pt"): "not allowed with argument --model",
         ("--output", "text.pt/x.pdf"): "cannot write to",
     }.items():
         assert message in error_line(run("export_graph.py", *flags, cwd=tmp_path))

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -372,3 +373,55 @@ def test_tiny_imagenet_is_downloaded_verified_and_unpacked(
     with pytest.raises(UserError, match="bytes expected"):
         image_sources.resolve(default, download=True)
     assert len(calls) == 1
+
+
+def test_a_stray_among_images_of_one_size_changes_no_other(tmp_path: Path) -> None:
+    """Whether its header is looked at or not; cut, broken or of another size."""
+    root = make_dataset(tmp_path / "set", "plain", train=20)
+    whole = load(root).train
+    assert isinstance(whole, image_data.DecodedImages)
+    place = next(i for i, path in enumerate(whole.paths) if path.endswith("_4.JPEG"))
+    for size in ((65, 64), (63, 64), (640, 480), (1, 1)):
+        image("stray", 64).resize(size).save(whole.paths[place])
+        other = load(root).train
+        assert isinstance(other, image_data.DecodedImages), size
+        same = [torch.equal(a, b) for a, b in zip(whole.images, other.images, strict=True)]
+        assert [i for i, equal in enumerate(same) if not equal] == [place]
+
+
+@pytest.mark.parametrize("error", [struct.error("unpack"), EOFError(), KeyError(3), TypeError("x")])
+def test_whatever_a_damaged_image_raises_names_its_file(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_dataset(tmp_path / "set", "plain")
+    victim = find_images(root).val.paths[3]
+    whole_open = Image.open
+
+    def failing(path: Any, *args: Any) -> Image.Image:
+        if path == victim:
+            raise error
+        return whole_open(path, *args)
+
+    monkeypatch.setattr(Image, "open", failing)
+    with pytest.raises(UserError, match=rf"1 of 34 image files .*{Path(victim).name} \(damaged"):
+        load(root)
+
+
+def test_names_that_only_look_alike_are_shown_apart(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "set", "plain", classes=1)
+    (root / "train" / "n00000000").rename(root / "train" / "caf\u00e9")
+    (root / "val" / "n00000000").rename(root / "val" / "cafe\u0301")
+    with pytest.raises(UserError) as refusal:
+        find_images(root)
+    assert "cafe\\u0301" in str(refusal.value)
+
+
+def test_annotations_may_have_a_mark_and_names_that_are_no_utf8(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "set")
+    annotations = root / "val" / "val_annotations.txt"
+    odd = os.fsdecode(b"\xca\xfd.JPEG")
+    (root / "val" / "images" / "val_4.JPEG").rename(root / "val" / "images" / odd)
+    content = annotations.read_bytes().replace(b"val_4.JPEG", b"\xca\xfd.JPEG")
+    annotations.write_bytes(b"\xef\xbb\xbf" + content)
+    val = find_images(root).val
+    assert val.targets[[Path(path).name for path in val.paths].index(odd)] == 4 % 3

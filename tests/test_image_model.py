@@ -211,3 +211,28 @@ def test_weights_of_another_architecture_name_what_they_lack(tmp_path: Path) -> 
     torch.save(models.vgg11(num_classes=7).state_dict(), path)
     with pytest.raises(UserError, match=r"lacks conv1\.weight: not a resnet18; -a says what"):
         image_checkpoint.restore_model(checkpoints.load(path))
+
+
+def test_a_cached_file_that_holds_no_weights_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    path.parent.mkdir(parents=True)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for content in (b"<html>not found</html>", pointer, b"", bytes(3000), b"PK\x03\x04"):
+        path.write_bytes(content)
+        with pytest.raises(UserError) as refusal:
+            image_model.build_model(spec(stem="stock"), pretrained=True)
+        assert str(refusal.value).startswith(f"--pretrained: {path} is not the file of https://")
+        assert "\n" not in str(refusal.value)
+    torch.save({"weight": torch.ones(1)}, path)
+    with pytest.raises(UserError, match="delete it, and it is downloaded again"):
+        image_model.build_model(spec(stem="stock"), pretrained=True)
+
+
+def test_an_architecture_that_torchvision_does_not_have_names_its_file() -> None:
+    for arch in ("resnet50d", "ResNet", "vit_base_patch16_224"):
+        checkpoint = Checkpoint(Path("a.pth"), {"arch": arch, "state_dict": {}})
+        with pytest.raises(UserError, match=f"a.pth: is a {arch}, which torchvision does not have"):
+            image_checkpoint.read_spec(checkpoint, None, None)

@@ -40,6 +40,13 @@ def test_lines_end_where_python_ends_them(tmp_path: Path) -> None:
     assert words == "a <eos> b <eos> c d e f <eos> <eos> g <eos>"
 
 
+def test_a_byte_order_mark_is_no_part_of_a_word(tmp_path: Path) -> None:
+    root = write(tmp_path / "set", b"\xef\xbb\xbfone two\n", b"\xef\xbb\xbftwo\n")
+    corpus = lm_data.load_corpus(str(root))
+    assert corpus.vocabulary == ["one", "two", "<eos>", "a"]
+    assert corpus.valid.tolist() == [1, 2]
+
+
 def test_columns_and_segments() -> None:
     """The alphabet in four columns, read two rows at a time; y and z do not fit."""
     data = lm_data.batchify(torch.arange(26), 4, "train")

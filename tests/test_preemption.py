@@ -384,3 +384,42 @@ def test_a_dataset_that_vanishes(side: int, tmp_path: Path) -> None:
 def test_an_evaluation_never_starts_afresh(script: str, tmp_path: Path) -> None:
     line = error_line(run(script, "--evaluate", "--resume", "auto", cwd=tmp_path))
     assert re.search(r"no checkpoint \S+checkpoint\.pth? to evaluate: name one", line)
+
+
+def test_a_worker_ignores_signals_from_its_start_and_its_death_is_one_line(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", "plain", train=40, side=160)
+    flags = ("set", "--image-size", 32, "--stem", "stock", "-b", 2, "-j", 1, "-p", 1)
+    running = Running("tests/process_probe.py", "slow", *flags, cwd=tmp_path, env=PROBE)
+    wait_for(lambda: children(running.process.pid) or running.process.exitcode is not None)
+    (worker,) = children(running.process.pid)
+    for signum in (signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker, signum)
+    wait_for(
+        lambda: "Epoch: [0][" in running.out.read_text() or running.process.exitcode is not None
+    )
+    os.kill(worker, signal.SIGKILL)
+    since = time.monotonic()
+    result = running.finish()
+    assert time.monotonic() - since < 10  # and not a minute
+    assert result.code == 1, result
+    (line,) = result.err.splitlines()
+    assert "a worker process has gone (killed by signal: Killed): if memory was short" in line
+
+
+def can_mount() -> bool:
+    return not subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode
+
+
+@pytest.mark.skipif(not can_mount(), reason="only root can give a process a /dev/shm of its own")
+def test_too_little_shared_memory_is_one_line(tmp_path: Path) -> None:
+    """Too little for a batch, for the second one, and for the workers' semaphores."""
+    make_dataset(tmp_path / "set", "plain", val=20, side=160)
+    flags = ("set", "-e", "--image-size", 224, "-a", "squeezenet1_1", "-j", 1)
+    for size, batch, message in (
+        ("2m", 20, "too little shared memory (No space left on device (28)): enlarge /dev/shm"),
+        ("2m", 10, "too little shared memory (No space left on device (28)): enlarge /dev/shm"),
+        ("4k", 1, "cannot start 1 worker processes (No space left on device): use fewer"),
+    ):
+        probe = ("shm", size, *flags, "-b", batch)
+        line = error_line(run("tests/process_probe.py", *probe, cwd=tmp_path, env=PROBE))
+        assert message in line

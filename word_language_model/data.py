@@ -140,7 +140,7 @@ def _read(path: Path) -> str:
     """The text of a file, each line of it ended by \\n where the file has \\r\\n or \\r, too."""
     try:
         # Decoded at once: a stream counts a bad byte's place from its last buffer.
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")  # a byte-order mark
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
