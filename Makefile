@@ -1,4 +1,5 @@
 # make demo    train and evaluate on built-in data, from nothing to a checkpoint
+# make report  the whole report, trained on built-in data: output/report/report.html
 # make test    the test suite
 # make test-cluster    the batch scripts, submitted to a SLURM that is started for it
 # make test-gpu, make benchmark-gpu    on a machine with a GPU, by its own python where there is no venv
@@ -13,7 +14,7 @@ DEMO := output/demo
 # Enough for both: torch, torchvision, accelerate, tensorboard and pytest.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-cluster test-gpu benchmark-gpu lint venv clean
+.PHONY: demo report test test-cluster test-gpu benchmark-gpu lint venv clean
 
 venv: $(VENV)/.run
 $(VENV)/.run: requirements.txt constraints.txt
@@ -36,6 +37,9 @@ demo: $(VENV)/.run
 	@echo "Its training curves:  $(BIN)/tensorboard --logdir $(DEMO)/logs"
 	@echo "Next, Tiny-ImageNet:  $(BIN)/accelerate launch --config_file" \
 	  "accelerate_configs/gpu4.yaml resnet_main.py   (or gpu1.yaml, cpu.yaml; downloads 248 MB)"
+
+report: $(VENV)/.run
+	$(BIN)/python reproduce.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -23,6 +23,7 @@ from engine.exits import run_script  # before what is slow: see there
 
 import argparse
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -85,17 +86,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     with accelerator.local_main_process_first():  # a node's first process downloads
         corpus = load_corpus(args.data)
     places = choose_places(len(corpus.test), args)
-    contexts = []
-    for path in args.checkpoints:
-        checkpoint = load(path)
+    checkpoints = [load(path) for path in args.checkpoints]
+    for checkpoint in checkpoints:  # all, before minutes are spent on the first
         refuse_other_words(checkpoint, corpus.vocabulary)
-        model, _ = restore_model(checkpoint)
-        kind, most = str(checkpoint["model"]), args.max_context
+    models = [restore_model(checkpoint)[0] for checkpoint in checkpoints]
+    kinds = [checkpoint["model"] for checkpoint in checkpoints]
+    contexts = []
+    for checkpoint, kind, model in zip(checkpoints, kinds, models, strict=True):
+        most = args.max_context
         if kind == "Transformer":  # which never met a position beyond
             most = min(most, checkpoint.value("bptt", int) or most)
-        name = kind if len(args.checkpoints) == 1 else f"{kind} {path.stem}"
+        name = kind if kinds.count(kind) == 1 else f"{kind} {checkpoint.path}"
         context = measure(accelerator, model, name, corpus.test, places, most)
-        if not all(torch.tensor([*context.losses.values()]).isfinite()):
+        if not all(map(math.isfinite, context.losses.values())):
             raise checkpoint.error("its weights give no finite loss: the training diverged")
         contexts.append(context)
     if accelerator.is_main_process:

@@ -125,7 +125,7 @@ def test_the_figures_of_four_processes_are_those_of_one(tmp_path: Path) -> None:
     seen = {name: [r[2] for r in rows if r[0] == name and r[1] == "loss"] for name, *_ in rows}
     whole, window = ["1", "2", "4", "8"], ["1", "2", "4", "5"]  # a Transformer's is its --bptt
     assert [*seen.values()] == [whole, window, whole]
-    assert ["CNN cnn", "receptive field", "", "7"] in rows
+    assert ["CNN", "receptive field", "", "7"] in rows
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""The report: its commands run once, its pages are whole, and what fails is named."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from kit import make_corpus, make_dataset, run
+
+import reproduce
+from engine.checkpoints import load
+from engine.cli import UserError
+from engine.exits import Stopped
+
+CHROMIUM = next(filter(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome")), "")
+FLAGS = ["--data", "images", "--text", "text", "--epochs", "2", "--text-epochs", "1"]
+FLAGS += ["--image-flags=--image-size 32 --stem stock -b 8 --lr 0.01 --seed 1"]
+FLAGS += ["--text-flags=--emsize 8 --nhid 8 --batch_size 4 --bptt 5 --dropout 0.1"]
+
+
+def make_execute(executed: list[list[str]], broken: set[str]) -> Callable[[list[str], Path], int]:
+    """Runs a command as a process of the tests, which need not import torch; `broken` ones fail."""
+
+    def execute(command: list[str], log: Path) -> int:
+        executed.append(command)
+        log.parent.mkdir(exist_ok=True)
+        if broken & {*command}:
+            log.write_text("line 1\nline 2\nsomething is wrong\n")
+            return 7
+        start = next(i for i, word in enumerate(command) if word.endswith(".py"))
+        done = run(str(Path(command[start]).resolve()), *command[start + 1 :], cwd=Path())
+        with log.open("a") as file:
+            file.write(done.out + done.err)
+        return done.code
+
+    return execute
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What was executed and reported where the CNN fails, and when it has been mended."""
+    folder = tmp_path_factory.mktemp("report")
+    make_dataset(folder / "images", train=4)
+    make_corpus(folder / "text", test=250)
+    found: dict[str, str] = {"folder": str(folder)}
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(reproduce, "emulates_bf16", lambda _device: True)
+        patch.setattr(reproduce, "leave", leave)
+        for name, broken in (("first", {"CNN"}), ("again", set())):
+            executed: list[list[str]] = []
+            patch.setattr(reproduce, "execute", make_execute(executed, broken))
+            try:
+                reproduce.main(FLAGS)
+                found[f"{name} code"] = "0"
+            except SystemExit as left:
+                found[f"{name} code"] = str(left.code)
+            found[f"{name} executed"] = "\n".join(map(" ".join, executed))
+            found[name] = Path("output/report/report.md").read_text()
+        with pytest.raises(UserError, match="holds a report made with --epochs 2: repeat that"):
+            reproduce.main([*FLAGS, "--epochs", "3"])
+        with pytest.raises(UserError, match=r"images holds what this script did not write \(train"):
+            reproduce.main([*FLAGS, "--output-dir", "images"])
+    return found
+
+
+def test_a_failure_is_named_with_its_log_and_the_rest_appears(reports: dict[str, str]) -> None:
+    report = reports["first"]
+    assert reports["first code"] == "1"
+    assert "**CNN failed with exit code 7: see output/report/logs/CNN.log.**" in report
+    assert "line 2\nsomething is wrong" in report
+    for text in ("| block 4 | 256×8×8 | 512×4×4 |", "11,279,112 parameters", "| a right | "):
+        assert text in report
+    for picture in ("curves.png", "disagreements.jpg", "transformer.svg", "context.png"):
+        assert f"](report/{picture})" in report
+    assert "the Transformer needs the last " in report
+    assert "the CNN" not in report
+
+
+def test_the_same_command_does_what_is_missing_and_nothing_else(reports: dict[str, str]) -> None:
+    first, again = (reports[f"{n} executed"].splitlines() for n in ("first", "again"))
+    assert len(first) == 12
+    assert [re.findall(r"(\w+)\.py", line)[0] for line in again] == [
+        "lm_main",
+        "lm_generate",
+        "lm_context",
+    ]
+    assert again[0] in first
+    assert reports["again code"] == "0"
+    report = reports["again"]
+    assert "failed" not in report
+    for command in (*first[:-1], *again):
+        assert command in report.replace("'", "")
+
+
+def test_the_tables_hold_the_runs_figures(reports: dict[str, str]) -> None:
+    folder, report = Path(reports["folder"]) / "output" / "report", reports["again"]
+    best = [load(folder / name / "model_best.pth") for name in ("cpu", "cpu4")]
+    for content, title in zip(best, ("CPU, one process", "CPU, four processes"), strict=True):
+        row = next(line for line in report.splitlines() if line.startswith(f"| {title} |"))
+        assert f"| {content['epoch'] - 1} ({content['best_acc1']:.1f}) |" in row
+    for model in ("Transformer", "LSTM", "CNN"):
+        row = next(line for line in report.splitlines() if line.startswith(f"| {model} | 1 |"))
+        log = (folder / "logs" / f"{model}.log").read_text()
+        valid, test = re.findall(r"(?:valid|test) ppl +(\S+)", log)[-2:]
+        assert f"| {valid} | {test} |" in row
+    assert "and 0.0 % in the CNN, whose receptive field ends there." in report
+
+
+def test_over_fitting_is_a_rising_validation_loss_under_a_falling_training_loss() -> None:
+    falling, rising = {1: 3.0, 2: 2.0, 3: 1.0}, {1: 2.5, 2: 2.0, 3: 2.4}
+    assert reproduce.overfitting("It", falling, falling) == ""
+    assert reproduce.overfitting("It", {1: 1.0, 2: 2.0, 3: 3.0}, rising) == ""
+    assert reproduce.overfitting("It", falling, {1: 2.5, 2: 2.0, 3: 2.01}) == ""
+    assert reproduce.overfitting("It", falling, rising) == (
+        "It **over-fits** after epoch 2: its validation loss rises from 2.000 to 2.400 while its "
+        "training loss falls from 2.000 to 1.000."
+    )
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt install chromium-headless-shell")
+def test_a_browser_shows_every_picture_and_table(reports: dict[str, str], tmp_path: Path) -> None:
+    folder = Path(reports["folder"]) / "output" / "report"
+    page = tmp_path / "alone.html"  # away from the pictures' folder
+    probe = """<script>document.title = JSON.stringify({
+        pictures: [...document.images].map(i => i.complete ? i.naturalWidth : 0),
+        tables: [...document.querySelectorAll("table")].map(t => [t.rows.length,
+            new Set([...t.rows].map(r => r.cells.length)).size, t.offsetWidth]),
+        headings: [...document.querySelectorAll("h1, h2")].length,
+        left: document.body.innerText.includes("| --- |") })</script>"""
+    html = (folder / "report.html").read_text().replace("</body>", f"{probe}</body>")
+    page.write_text(html)
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    match = re.search(r"<title>(.*?)</title>", dom)
+    assert match is not None
+    seen = json.loads(match[1])
+    assert len(seen["pictures"]) == 6 and min(seen["pictures"]) > 100
+    assert seen["headings"] == 7
+    assert len(seen["tables"]) == 5 and not seen["left"]
+    for rows, widths, pixels in seen["tables"]:
+        assert rows > 2 and widths == 1 and pixels > 100
+    for picture in (folder / "report").glob("*.[jps]*g"):
+        assert picture.stat().st_size < 300_000
+
+
+def test_a_signal_stops_a_launched_training_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_corpus(tmp_path / "text", train=9000)
+    flags = ["--data", "text", *FLAGS[-1].removeprefix("--text-flags=").split()]
+    command = reproduce.launched("cpu", "lm_main.py", *flags, "--checkpoint-every", "5")
+    latest = Path("model.checkpoint.pt")
+
+    def stop(signum: int, frame: object) -> None:
+        raise Stopped(signum)
+
+    def send() -> None:
+        while not latest.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    before = signal.signal(signal.SIGUSR2, stop)
+    threading.Thread(target=send, daemon=True).start()
+    try:
+        with pytest.raises(Stopped):
+            reproduce.execute(command, tmp_path / "logs" / "log")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert "saved to model.checkpoint.pt" in (tmp_path / "logs" / "log").read_text()
+    assert load(latest)["epoch"] == 0
