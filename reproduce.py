@@ -12,6 +12,10 @@ A command that fails is named with its log, and the rest of the report still app
 
 from __future__ import annotations
 
+from engine.exits import EXIT_STOPPED, STOP_SIGNALS, Stopped, leave, run_script
+
+# isort: split
+
 import argparse
 import base64
 import csv
@@ -38,8 +42,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diff_eval import CSV as IMAGE_TABLE
 from diff_eval import LABEL, SHEET, THUMBNAIL
-from engine.cli import ArgumentParser, UserError, positive_int
-from engine.exits import EXIT_STOPPED, Stopped, leave, run_script
+from engine.cli import ArgumentParser, UserError, nonempty, pathname, positive_int
 from engine.files import check_writable, writing
 from engine.launch import emulates_bf16
 from lm_context import CSV as CONTEXT_TABLE
@@ -71,14 +74,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("Reproduce the whole report")
     add = parser.add_argument
     # fmt: off
-    add("--data", default="sample", metavar="DIR", help="images for resnet_main.py")
-    add("--text", default="sample", metavar="DIR", help="corpus for lm_main.py")
+    add("--data", type=nonempty, default="sample", metavar="DIR", help="images for resnet_main.py")
+    add("--text", type=nonempty, default="sample", metavar="DIR", help="corpus for lm_main.py")
     add("--epochs", type=positive_int, default=4, metavar="N", help="of the image classifiers")
     add("--text-epochs", type=positive_int, default=4, metavar="N", help="of the language models")
     add("--image-flags", default="--stem stock -b 32 --lr 0.02 --lr-schedule cosine --seed 1",
         metavar="FLAGS", help="more flags of resnet_main.py")
     add("--text-flags", default="--seed 1111", metavar="FLAGS", help="more flags of lm_main.py")
-    add("--output-dir", type=Path, default=Path("output/report"), metavar="DIR",
+    add("--output-dir", type=pathname, default=Path("output/report"), metavar="DIR",
         help="for report.md, report.html and all that the commands write")
     # fmt: on
     return parser.parse_args(argv)
@@ -516,8 +519,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     def stop(signum: int, frame: FrameType | None) -> None:
         raise Stopped(signum)
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, stop)
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup's
+            signal.signal(signum, stop)
     gpus = torch.cuda.device_count()
     flags = [
         f"--{name.replace('_', '-')}={value}" for name, value in report.state["settings"].items()

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from kit import error_line, launch, make_corpus, run
+from kit import launch, make_corpus, run
 from torch import nn
 
+import lm_context
+from engine.cli import UserError
 from engine.launch import build_accelerator
 from lm_context import Context, measure, predict
 from word_language_model.data import load_corpus
@@ -110,10 +112,14 @@ def test_the_figures_of_four_processes_are_those_of_one(tmp_path: Path) -> None:
     models = ("lstm.pt", "transformer.pt", "cnn.pt")
     flags = (*models, "--data", "set", "--max-context", 8, "--words", 300)
     outputs = []
-    for config in ("cpu.yaml", "cpu4.yaml"):
-        folder = tmp_path / config
-        result = launch(config, "lm_context.py", *flags, "--output-dir", folder, cwd=tmp_path)
+    for folder in (tmp_path / "one", tmp_path / "four"):
+        command = ("lm_context.py", *flags, "--output-dir", folder)
+        four = folder.name == "four"
+        result = (
+            launch("cpu4.yaml", *command, cwd=tmp_path) if four else run(*command, cwd=tmp_path)
+        )
         assert result.code == 0, result
+        assert f"=> {4 if four else 1} process" in result.out
         assert (folder / "context.png").read_bytes().startswith(b"\x89PNG")
         lines = [line for line in result.out.splitlines() if not line.startswith("=>")]
         outputs.append((lines, (folder / "context.csv").read_text()))
@@ -128,19 +134,21 @@ def test_the_figures_of_four_processes_are_those_of_one(tmp_path: Path) -> None:
     assert ["CNN", "receptive field", "", "7"] in rows
 
 
-def test_bad_input_is_one_line(tmp_path: Path) -> None:
+def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     vocabulary = load_corpus(str(make_corpus(tmp_path / "set"))).vocabulary
     save("LSTM", tmp_path / "lstm.pt", vocabulary)
     save("LSTM", tmp_path / "other.pt", vocabulary[:-1])
     save("RNN_RELU", tmp_path / "nan.pt", vocabulary, weight=float("inf"))
     (tmp_path / "file").write_text("a file")
     for flags, message in {
-        ("lstm.pt",): "data/wikitext-2/train.txt is missing and cannot be downloaded",
-        ("lstm.pt", "other.pt", "--data", "set"): "other.pt: has 39 words and the corpus 40",
-        ("none.pt", "--data", "set"): "none.pt: no such file",
-        ("nan.pt", "--data", "set"): "nan.pt: its weights give no finite loss",
-        ("lstm.pt", "--data", "set", "--max-context", 900): "too few to have --max-context 900",
-        ("lstm.pt", "--data", "set", "--output-dir", "file"): "cannot write to file",
+        "lstm.pt": "data/wikitext-2/train.txt is missing and cannot be downloaded",
+        "lstm.pt other.pt --data set": "other.pt: has 39 words and the corpus 40",
+        "none.pt --data set": "none.pt: no such file",
+        "nan.pt --data set": "nan.pt: its weights give no finite loss",
+        "lstm.pt --data set --max-context 900": "too few to have --max-context 900",
+        "lstm.pt --data set --output-dir file": "cannot write to file",
     }.items():
-        env = {"https_proxy": "http://127.0.0.1:9"}
-        assert message in error_line(run("lm_context.py", *flags, cwd=tmp_path, env=env))
+        with pytest.raises(UserError, match=message):
+            lm_context.main(flags.split())
