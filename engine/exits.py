@@ -124,6 +124,8 @@ def _mistake(error: Exception) -> str | None:
     import torch
 
     text = str(error)
+    if "No usable temporary directory" in text:  # of Python's tempfile
+        return "no temporary folder can be written: TMPDIR=/a/folder names one"
     if isinstance(error, UserError):
         return text
     if isinstance(error, torch.OutOfMemoryError):
@@ -138,8 +140,6 @@ def _mistake(error: Exception) -> str | None:
     full = ("DefaultCPUAllocator", "Cannot allocate memory")
     if isinstance(error, MemoryError) or any(phrase in text for phrase in full):
         return "the machine's memory is full: use a smaller --batch-size or model"
-    if "No usable temporary directory" in text:  # of Python's tempfile
-        return "no temporary folder can be written: TMPDIR=/a/folder names one"
     if isinstance(error, OSError) and error.errno in OF_A_PATH:
         return f"{error.filename}: {error.strerror}"
     return None

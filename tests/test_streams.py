@@ -170,6 +170,8 @@ def test_ctrl_c_ends_the_reader_as_well(undisturbed: Path, tmp_path: Path) -> No
             stderr=err,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
+            # The tests may run in the background, where Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         while not (tmp_path / "model.checkpoint.pt").exists():
             time.sleep(0.05)
