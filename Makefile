@@ -41,8 +41,9 @@ demo: $(VENV)/.run
 report: $(VENV)/.run
 	$(BIN)/python reproduce.py
 
+# Two tests at a time: most of them wait for processes to start, or for each other.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # Debian keeps daemons in a folder that is not everyone's PATH. Only installing them takes root.
 test-cluster: export PATH := $(PATH):/usr/sbin
