@@ -2,7 +2,7 @@
 
     python model_summary.py                       # what resnet_main.py trains by default
     python model_summary.py -a resnet50 --stem stock
-    python model_summary.py --checkpoint output/resnet/model_best.pth --json
+    python model_summary.py --checkpoint output/resnet18-gpu1/model_best.pth --json
 
 The default, a ResNet-18 for 64 px: 11,279,112 parameters and, an image, 592,285,696 multiply-adds
 and 6.79 MiB of activations kept for the backward pass.

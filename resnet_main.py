@@ -2,7 +2,7 @@
 
     accelerate launch --config_file accelerate_configs/gpu4.yaml resnet_main.py
     python resnet_main.py sample --output-dir output/sample  # built-in data, no launcher
-    python resnet_main.py -e --resume output/resnet/model_best.pth
+    python resnet_main.py -e --resume output/resnet18-gpu4/model_best.pth
 
 pytorch/examples' imagenet/main.py with the process-group code left to Accelerate: the flags, the
 printed lines and the default hyperparameters are the original's, and the batch size is that of
@@ -91,8 +91,8 @@ def make_parser() -> cli.ArgumentParser:
     add("--stem", choices=STEMS, default=DEFAULT.stem,
         help="first layers of a ResNet: stock is torchvision's 7x7 of stride 2, stride1 the same "
         "at stride 1, cifar a 3x3 without pooling")
-    add("--output-dir", type=cli.pathname, default=Path("output/resnet"), metavar="DIR",
-        help="for checkpoint.pth and model_best.pth")
+    add("--output-dir", type=cli.pathname, metavar="DIR",
+        help="for checkpoint.pth and model_best.pth, else output/ARCH-(cpu|cpu4|gpu1|gpu4)")
     add("--log-dir", type=cli.pathname, metavar="DIR", help="for TensorBoard, else OUTPUT_DIR/logs")
     add("--download", action=argparse.BooleanOptionalAction, default=True,
         help="fetch Tiny-ImageNet when its default DIR is missing")
@@ -163,7 +163,7 @@ def fit(
     accelerator = run.accelerator
     accelerator.print(
         f"=> {args.batch_size} images a step, {args.batch_size // accelerator.num_processes} a "
-        f"process; checkpoints in {args.output_dir}, curves in {run.log_dir}"
+        f"process; checkpoints in {run.latest.parent}, curves in {run.log_dir}"
     )
 
     if run.is_done(args.epochs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from torchvision.transforms import v2
 
-from engine.checkpoints import Checkpoint
+from engine.checkpoints import Checkpoint, load
 from engine.cli import ArgumentParser, UserError
 from engine.graphs import make_capturable, uses_graphs
 from engine.launch import check_compiler
@@ -31,7 +32,7 @@ from image_classification.data import (
     load_dataset,
     move_to_gpu,
 )
-from image_classification.model import ModelSpec, build_model, has_stem
+from image_classification.model import ARCHITECTURES, DEFAULT, ModelSpec, build_model, has_stem
 
 # What a resumed run takes from its checkpoint unless a flag says otherwise; the weights decide
 # MODEL_SETTINGS.
@@ -47,11 +48,12 @@ EVAL_BATCH_SIZE = 256
 
 
 def make_run(accelerator: Accelerator, args: argparse.Namespace) -> Run:
+    folder: Path = args.output_dir or default_folder(accelerator, args)
     run = Run(
         accelerator,
-        latest=args.output_dir / "checkpoint.pth",
-        best=args.output_dir / "model_best.pth",
-        log_dir=args.log_dir or args.output_dir / "logs",
+        latest=folder / "checkpoint.pth",
+        best=folder / "model_best.pth",
+        log_dir=args.log_dir or folder / "logs",
         flag="--output-dir",
         values={"best_acc1": -1.0},  # in percent; below 0 before the first epoch's end
         figure="best_acc1",
@@ -61,6 +63,16 @@ def make_run(accelerator: Accelerator, args: argparse.Namespace) -> Run:
     )
     run.epoch = args.start_epoch
     return run
+
+
+def default_folder(accelerator: Accelerator, args: argparse.Namespace) -> Path:
+    """`output/<arch>-<cpu|cpu4|gpu1|gpu4>`: runs side by side under one `tensorboard --logdir`."""
+    arch = args.arch
+    if arch is None and args.resume and str(args.resume) != "auto" and not args.evaluate:
+        arch = load(args.resume).value("arch", str)
+    kind, count = accelerator.device.type.replace("cuda", "gpu"), accelerator.num_processes
+    place = kind if (kind, count) == ("cpu", 1) else f"{kind}{count}"
+    return Path("output", f"{arch if arch in ARCHITECTURES else DEFAULT.arch}-{place}")
 
 
 def settle(

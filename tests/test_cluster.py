@@ -75,7 +75,7 @@ def test_two_nodes_evaluate_images_to_the_figures_of_one_process(
     data = make_dataset(tmp_path / "set", val=37)
     small = ("--image-size", 32, "--stem", "stock", "--epochs", 1, "-b", 8)
     trained = run("resnet_main.py", data, *small, cwd=tmp_path)
-    checkpoint = tmp_path / "output" / "resnet" / "checkpoint.pth"
+    checkpoint = tmp_path / "output" / "resnet18-cpu" / "checkpoint.pth"
     flags = ("resnet_main.py", data, "-e", "-b", 8, "--resume", checkpoint)
     job = slurm.submit("slurm_cpu.sbatch", TWO_BY_TWO, *flags, log=tmp_path / "job.log")
     assert job.wait_for_end() == "COMPLETED", job.describe()

@@ -38,7 +38,7 @@ def test_training_with_the_yaml_of_one_gpu(tmp_path: Path) -> None:
     assert result.code == 0, result
     assert re.search(r"=> 1 process on NVIDIA.*, bf16", result.out)
     assert "10 validation images of 3 classes, decoded on the GPU" in result.out
-    assert read(tmp_path / "output" / "resnet" / "checkpoint.pth")["epoch"] == 2
+    assert read(tmp_path / "output" / "resnet18-gpu1" / "checkpoint.pth")["epoch"] == 2
 
 
 def kill_and_resume(
@@ -103,7 +103,7 @@ def test_an_evaluation_gives_the_figures_of_the_cpu(tmp_path: Path) -> None:
     make_corpus(tmp_path / "text" / "set")
     assert run("resnet_main.py", *IMAGES, "--epochs", 2, cwd=tmp_path).code == 0
     assert run("lm_main.py", *TEXT, "--epochs", 1, cwd=tmp_path / "text").code == 0
-    image = ("resnet_main.py", "set", "-e", "--resume", "output/resnet/checkpoint.pth")
+    image = ("resnet_main.py", "set", "-e", "--resume", "output/resnet18-gpu1/checkpoint.pth")
     for cwd, flags in ((tmp_path, image), (tmp_path / "text", ("lm_main.py", "--evaluate", *TEXT))):
         figures = []
         for env in ({}, {"ACCELERATE_USE_CPU": "true"}):

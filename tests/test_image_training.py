@@ -162,7 +162,7 @@ def test_a_run_follows_a_plain_loop(flags: dict[str, Any], tmp_path: Path) -> No
     assert [float(loss) for loss in STEP.findall(result.out)] == pytest.approx(plain.losses, 2e-4)
     for step, weights in zip(steps, plain.weights, strict=True):
         assert apart(step["weights"], weights) < SAME
-    curves = scalars(tmp_path / "output" / "resnet" / "logs")
+    curves = scalars(tmp_path / "output" / "resnet18-cpu" / "logs")
     assert [value for _, value in curves["Loss/val"]] == pytest.approx(plain.val_losses, 1e-4)
     norms = {"SyncBatchNorm"} if "sync_bn" in flags else {"BatchNorm2d"}
     assert all(step["norms"] == norms for step in steps)
@@ -193,7 +193,7 @@ def test_every_sample_has_another_crop_in_every_epoch(side: int, tmp_path: Path)
 def test_model_best_is_the_first_epoch_of_the_best_accuracy(tmp_path: Path) -> None:
     """Also after a resume. The accuracies are given, the rest is a run's own."""
     make_dataset(tmp_path / "set")
-    output = tmp_path / "output" / "resnet"
+    output = tmp_path / "output" / "resnet18-cpu"
     for accuracies, more in (("40,60,60,50", ()), ("60,55", ("--resume", "auto"))):
         flags = (*COMMON, "--epochs", 4 + len(more), *more)
         result = run("tests/process_probe.py", "best", accuracies, *flags, cwd=tmp_path, env=PROBE)

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from kit import KIT, Result, Running, error_line, launch, make_corpus, make_data
 from engine import checkpoints, files
 from engine.checkpoints import previous_of
 from engine.cli import UserError
+from image_classification.training import default_folder
 from word_language_model.export import export_onnx
 from word_language_model.model import ModelSpec, build_model
 from word_language_model.training import beside, best_of
@@ -83,7 +85,7 @@ def test_a_run_is_never_replaced_unasked(folder: Path) -> None:
     images = ("images", "--image-size", 32, "--stem", "stock", "-b", 8, "-j", 1, "--epochs", 1)
     assert run("resnet_main.py", *images, cwd=folder).code == 0
     line = error_line(run("resnet_main.py", *images, cwd=folder))
-    assert "output/resnet/checkpoint.pth is of an earlier run" in line
+    assert "output/resnet18-cpu/checkpoint.pth is of an earlier run" in line
     assert "another --output-dir" in line
 
 
@@ -369,3 +371,17 @@ def test_without_a_temporary_folder_only_what_needs_one_says_so(trained: Path) -
         assert len(text.read_text().split()) == 9
         line = error_line(read_only(*generate, "/dev/null"))
         assert "no temporary folder can be written: TMPDIR=/a/folder names one" in line
+
+
+def test_a_run_without_a_folder_is_named_by_what_it_runs_on(tmp_path: Path) -> None:
+    torch.save({"arch": "resnet34", "state_dict": {}}, tmp_path / "of.pth")
+    for arch, resume, evaluate, device, processes, name in (
+        (None, None, False, "cpu", 1, "resnet18-cpu"),
+        ("resnet50", tmp_path / "of.pth", False, "cpu", 4, "resnet50-cpu4"),
+        (None, Path("auto"), False, "cuda", 1, "resnet18-gpu1"),
+        (None, tmp_path / "of.pth", False, "cuda", 4, "resnet34-gpu4"),
+        (None, Path("none.pth"), True, "cpu", 1, "resnet18-cpu"),
+    ):
+        accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes)
+        args = SimpleNamespace(arch=arch, resume=resume, evaluate=evaluate)
+        assert default_folder(accelerator, args) == Path("output", name)  # type: ignore[arg-type]

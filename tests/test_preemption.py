@@ -368,7 +368,7 @@ def test_a_dataset_that_vanishes(side: int, tmp_path: Path) -> None:
     flags = ["set", "--image-size", 32, "-b", 8, "-j", 1, "--stem", "stock", "--lr", 0.01]
     flags += ["--epochs", 2, "--checkpoint-every", 1]
     process = Running("resnet_main.py", *flags, cwd=tmp_path, env={})
-    wait_for((tmp_path / "output" / "resnet" / "checkpoint.pth").exists)
+    wait_for((tmp_path / "output" / "resnet18-cpu" / "checkpoint.pth").exists)
     (tmp_path / "set").rename(tmp_path / "gone")
     shutil.rmtree(tmp_path / "gone")
     result = process.finish()
@@ -377,7 +377,7 @@ def test_a_dataset_that_vanishes(side: int, tmp_path: Path) -> None:
     else:
         line = error_line(result)
         assert "the images of set have gone: restore them, and --resume auto goes on" in line
-    assert read(tmp_path / "output" / "resnet" / "checkpoint.pth")["step"] >= 0
+    assert read(tmp_path / "output" / "resnet18-cpu" / "checkpoint.pth")["step"] >= 0
 
 
 @pytest.mark.parametrize("script", ["resnet_main.py", "lm_main.py"])

@@ -80,7 +80,7 @@ def test_lines_are_the_originals(trained: tuple[Path, Result]) -> None:
 
 def test_tensorboard_has_the_tags_and_one_point_an_epoch(trained: tuple[Path, Result]) -> None:
     folder, result = trained
-    found = scalars(folder / "output" / "resnet" / "logs")
+    found = scalars(folder / "output" / "resnet18-cpu" / "logs")
     assert set(found) == TAGS
     assert all([step for step, _ in points] == [0, 1] for points in found.values())
     last = SUMMARY.findall(result.out)[-1]
@@ -90,7 +90,7 @@ def test_tensorboard_has_the_tags_and_one_point_an_epoch(trained: tuple[Path, Re
 
 def test_the_checkpoint_is_plain_data_and_rebuilds_the_model(trained: tuple[Path, Result]) -> None:
     folder, result = trained
-    output = folder / "output" / "resnet"
+    output = folder / "output" / "resnet18-cpu"
     names = {"checkpoint.pth", "checkpoint.previous.pth", "model_best.pth", "logs"}
     assert {p.name for p in output.iterdir()} == names | {".checkpoint.pth.lock"}
     content = torch.load(output / "checkpoint.pth", weights_only=True)
@@ -108,7 +108,7 @@ def test_evaluation_needs_no_flags_and_does_not_depend_on_the_number_of_processe
     trained: tuple[Path, Result],
 ) -> None:
     folder, result = trained
-    checkpoint = "output/resnet/checkpoint.pth"
+    checkpoint = "output/resnet18-cpu/checkpoint.pth"
     make_dataset(
         folder / "larger", val=37
     )  # in batches of 8, of which four processes get 2, 1, 1, 1
@@ -130,7 +130,7 @@ def test_an_evaluation_of_random_weights_says_so(trained: tuple[Path, Result]) -
 
 
 def test_flags_that_disagree_with_the_checkpoint_are_named(trained: tuple[Path, Result]) -> None:
-    flags = ["set", "-e", "--resume", "output/resnet/model_best.pth"]
+    flags = ["set", "-e", "--resume", "output/resnet18-cpu/model_best.pth"]
     flags += ["-a", "resnet50", "--image-size", "64", "--stem", "stock"]
     result = run("resnet_main.py", *flags, cwd=trained[0])
     assert result.code == 0
@@ -160,7 +160,7 @@ def test_a_killed_and_resumed_run_ends_with_the_bits_of_an_undisturbed_one(
         resume = ("--epochs", 2, "--resume", f"{name}/checkpoint.pth")
         second = run("resnet_main.py", *flags, *resume, cwd=folder)
         assert f"checkpoint.pth' (epoch {epoch}, step {step})" in second.out
-        same_bits(folder / "output" / "resnet", folder / name)
+        same_bits(folder / "output" / "resnet18-cpu", folder / name)
 
 
 def test_a_resume_that_would_not_be_the_same_run_is_refused_or_named(
@@ -255,7 +255,7 @@ def test_four_processes_evaluate_what_was_trained_with_sync_bn(tmp_path: Path) -
     make_dataset(tmp_path / "set")
     trained = run("resnet_main.py", "set", *FAST, "--epochs", 1, "--sync-bn", cwd=tmp_path)
     assert trained.code == 0, trained
-    flags = ("set", "-e", "--resume", "output/resnet/checkpoint.pth")
+    flags = ("set", "-e", "--resume", "output/resnet18-cpu/checkpoint.pth")
     four = launch("cpu4.yaml", "resnet_main.py", *flags, cwd=tmp_path)
     assert four.code == 0, four
     assert SUMMARY.findall(four.out) == SUMMARY.findall(trained.out)
@@ -285,14 +285,14 @@ def test_a_validation_loss_that_is_not_finite_saves_nothing(tmp_path: Path) -> N
     flags = ("one", *FAST[:-1], 50, "--epochs", 1, "--seed", 2)
     line = error_line(run("resnet_main.py", *flags, cwd=tmp_path))
     assert "not finite" in line and "epoch 0" in line
-    assert not list((tmp_path / "output" / "resnet").glob("*.pth"))
+    assert not list((tmp_path / "output" / "resnet18-cpu").glob("*.pth"))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
     trained: tuple[Path, Result],
 ) -> None:
     folder, _ = trained
-    checkpoint = folder / "output" / "resnet" / "checkpoint.pth"
+    checkpoint = folder / "output" / "resnet18-cpu" / "checkpoint.pth"
     before = checkpoint.read_bytes()
     flags = ("set", *FAST, "--epochs", 9, "--resume", checkpoint, "--lr", 1e30)
     line = error_line(run("resnet_main.py", *flags, "--checkpoint-every", 1, cwd=folder))
@@ -304,7 +304,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
 
 def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result]) -> None:
     folder, _ = trained
-    best = "output/resnet/model_best.pth"
+    best = "output/resnet18-cpu/model_best.pth"
     make_dataset(folder / "four", classes=4)
     (folder / "cut.pth").write_bytes((folder / best).read_bytes()[:1000])
     (folder / "text.pth").write_text("hello")
