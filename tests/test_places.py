@@ -374,7 +374,7 @@ def test_without_a_temporary_folder_only_what_needs_one_says_so(trained: Path) -
 
 
 def test_a_run_without_a_folder_is_named_by_what_it_runs_on(tmp_path: Path) -> None:
-    torch.save({"arch": "resnet34", "state_dict": {}}, tmp_path / "of.pth")
+    torch.save({"arch": "resnet34", "state_dict": {"w": torch.zeros(1)}}, tmp_path / "of.pth")
     for arch, resume, evaluate, device, processes, name in (
         (None, None, False, "cpu", 1, "resnet18-cpu"),
         ("resnet50", tmp_path / "of.pth", False, "cpu", 4, "resnet50-cpu4"),
