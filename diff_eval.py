@@ -58,7 +58,7 @@ class Verdict(NamedTuple):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser("Copy the images on which two models disagree")
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("checkpoints", nargs="*", type=pathname, metavar="CHECKPOINT", help="a.pth and b.pth")

@@ -41,7 +41,7 @@ LM_SPEC = ModelSpec(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser("Draw a model's autograd graph with Graphviz")
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     # fmt: off
     which = parser.add_mutually_exclusive_group()

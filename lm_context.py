@@ -63,7 +63,7 @@ class Context(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser("Compare how far back language models look")
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("checkpoints", nargs="+", type=pathname, metavar="CHECKPOINT", help="models of lm_main.py")

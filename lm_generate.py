@@ -46,7 +46,7 @@ def temperature(text: str) -> float:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser("Generate text with a word language model")
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("--data", help="accepted and not needed: the vocabulary is in the checkpoint")

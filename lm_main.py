@@ -59,50 +59,55 @@ RULE = 89  # characters of a line between epochs
 
 
 def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser("Train word language models on WikiText-2", SETTINGS)
-    add = parser.add_argument
+    parser = cli.ArgumentParser(__doc__, SETTINGS)
     # A table, one flag after another: the formatter would give every argument a line of its own.
     # fmt: off
+    add = parser.add_argument_group("data").add_argument
     add("--data", type=cli.nonempty, metavar="DIR", default=str(WIKITEXT),
         help="folder of the corpus, or `sample` for the built-in one")
+    add("--bptt", type=cli.positive_int, default=35, help="words of a column in a step")
+    add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, default="LSTM", help="type of network")
     add("--emsize", type=cli.positive_int, default=200, help="size of word embeddings")
     add("--nhid", type=cli.positive_int, default=200, help="hidden units per layer")
     add("--nlayers", type=cli.positive_int, default=2, help="number of layers")
-    add("--lr", type=cli.non_negative_float, default=20.0, help="initial learning rate")
-    add("--clip", type=cli.non_negative_float, default=0.25, help="largest norm of the gradient")
-    add("--epochs", type=cli.positive_int, default=40, metavar="N", help="upper epoch limit")
+    add("--nhead", type=cli.positive_int, default=2, help="attention heads of the Transformer")
+    add("--kernel-size", type=cli.positive_int, default=DEFAULT_KERNEL_SIZE,
+        help="words that a layer of the CNN sees")
+    add("--tied", action="store_true", help="the word embedding is the decoder's weight as well")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=cli.positive_int, default=40, metavar="N", help="total epochs to run")
     add("--batch_size", "--batch-size", type=cli.positive_int, default=20, metavar="N",
         help="columns of text, over all processes together")
-    add("--bptt", type=cli.positive_int, default=35, help="words of a column in a step")
-    add("--dropout", type=cli.fraction, default=0.2, help="applied to layers; 0: none")
+    add("--lr", type=cli.non_negative_float, default=20.0, help="initial learning rate")
+    add("--clip", type=cli.non_negative_float, default=0.25, help="largest norm of the gradient")
+    add("--dropout", type=cli.fraction, default=0.2,
+        help="share of values that are dropped; 0: none")
     add("--layer-dropout", type=cli.fraction, default=0.1,
         help="within the Transformer's layers, which --dropout does not reach")
-    add("--tied", action="store_true", help="the word embedding is the decoder's weight as well")
-    add("--seed", type=cli.non_negative_int, default=1111, help="random seed")
-    add("--log-interval", type=cli.positive_int, default=200, metavar="N",
-        help="steps between two lines")
-    add("--save", type=cli.filename, default=Path("model.pt"), metavar="PATH",
-        help="the best model; the run's state is put beside it, model.checkpoint.pt for model.pt")
-    add("--onnx-export", type=cli.filename, metavar="PATH",
-        help="also write the best model as ONNX")
-    add("--nhead", type=cli.positive_int, default=2, help="attention heads of the Transformer")
-    add("--kernel-size", type=cli.positive_int, default=DEFAULT_KERNEL_SIZE, help="of the CNN")
-    add("--dry-run", action="store_true", help="one step and one evaluation; keeps no file")
     add("--use-optimizer", action="store_true", help="AdamW instead of plain SGD")
-    # The original's end here; these are new.
+    add("--seed", type=cli.non_negative_int, default=1111, help="random seed")
+    add = parser.add_argument_group("run").add_argument
+    add("--evaluate", action="store_true",
+        help="evaluate --resume, or else --save, on the validation and test texts and exit")
     add("--resume", type=cli.pathname, metavar="PATH",
         help="checkpoint to continue or to evaluate, or `auto` for the newest whole one beside "
         "--save, if there is one")
     add("--overwrite", action="store_true", help="begin anew where a run is")
-    add("--evaluate", action="store_true",
-        help="evaluate --resume, or else --save, on the validation and test texts and exit")
-    add("--log-dir", type=cli.pathname, metavar="DIR", help="for TensorBoard, else model.logs")
     add("--checkpoint-every", type=cli.non_negative_int, default=0, metavar="STEPS",
         help="also checkpoint within an epoch; 0: at its end only")
-    add("--compile", action="store_true", help="torch.compile the model")
+    add("--dry-run", action="store_true", help="one step and one evaluation; keeps no file")
+    add = parser.add_argument_group("output").add_argument
+    add("--log-interval", type=cli.positive_int, default=200, metavar="N",
+        help="steps between two lines")
+    add("--save", type=cli.filename, default=Path("model.pt"), metavar="PATH",
+        help="the best model; the run's state is put beside it, model.checkpoint.pt for model.pt")
+    add("--log-dir", type=cli.pathname, metavar="DIR", help="for TensorBoard, else model.logs")
+    add("--onnx-export", type=cli.filename, metavar="PATH",
+        help="also write the best model as ONNX")
     for flag in ("--cuda", "--accel"):
-        add(flag, action="store_true", help=argparse.SUPPRESS)
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     # fmt: on
     return parser
 

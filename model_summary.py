@@ -30,7 +30,6 @@ from engine.cli import ArgumentParser, pathname, positive_int
 from engine.streams import product
 from image_classification.checkpoint import restore_model
 from image_classification.model import (
-    ARCHITECTURES,
     DEFAULT,
     STEMS,
     ModelSpec,
@@ -45,11 +44,11 @@ RESNET_STAGES |= {f"layer{i}": f"block {i}" for i in range(1, 5)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser("Print the intermediate sizes of a classifier")
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("-a", "--arch", metavar="ARCH",
-        help=f"model architecture, else {DEFAULT.arch}: {' | '.join(ARCHITECTURES)}")
+        help=f"one of torchvision's architectures, else {DEFAULT.arch}; `-a help` lists them")
     add("--stem", choices=STEMS, help=f"first layers of a ResNet, else {DEFAULT.stem}")
     add("--image-size", type=positive_int, metavar="PX", help=f"else {DEFAULT.image_size}")
     add("--num-classes", type=positive_int, metavar="N", help=f"else {DEFAULT.num_classes}")

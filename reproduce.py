@@ -71,7 +71,7 @@ Curve = dict[int, float]  # by epoch
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser("Reproduce the whole report")
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("--data", type=nonempty, default="sample", metavar="DIR", help="images for resnet_main.py")

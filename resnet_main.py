@@ -38,7 +38,7 @@ from engine.seeds import seed_generators, use_deterministic_kernels
 from image_classification.cache import BadImageError, refuse_bad_images
 from image_classification.data import ImageData, ImageLoader
 from image_classification.metrics import Progress, Statistics, batch_sums
-from image_classification.model import ARCHITECTURES, DEFAULT, STEMS, check_architecture
+from image_classification.model import DEFAULT, STEMS, check_architecture
 from image_classification.sources import TINY_IMAGENET
 from image_classification.training import SETTINGS, find_data, make_run, set_up, settle
 
@@ -53,65 +53,72 @@ def launchers_business(_: str) -> NoReturn:
 
 
 def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser("Train image classifiers on Tiny-ImageNet", SETTINGS)
-    add = parser.add_argument
+    parser = cli.ArgumentParser(__doc__, SETTINGS)
     # A table, one flag after another: the formatter would give every argument a line of its own.
     # fmt: off
+    add = parser.add_argument_group("data").add_argument
     add("data", type=cli.nonempty, metavar="DIR", nargs="?", default=str(TINY_IMAGENET),
         help="folder of the dataset, or `sample` for the built-in one")
-    add("-a", "--arch", metavar="ARCH", default=DEFAULT.arch,
-        help=f"model architecture: {' | '.join(ARCHITECTURES)}")
+    add("--image-size", type=cli.positive_int, default=DEFAULT.image_size, metavar="PX",
+        help="side of the images that the model sees, in pixels; of weights of other programs "
+        "224 px, unless the images are small")
     add("-j", "--workers", type=cli.non_negative_int, default=4, metavar="N",
-        help="worker processes that decode images")
+        help="worker processes of a node that decode large images")
+    add("--download", action=argparse.BooleanOptionalAction, default=True,
+        help="fetch Tiny-ImageNet (248 MB) when its default DIR is missing (default: yes)")
+    add("--dummy", action="store_true", help="fake data, to benchmark without a disk")
+    add = parser.add_argument_group("model").add_argument
+    add("-a", "--arch", metavar="ARCH", default=DEFAULT.arch,
+        help="one of torchvision's architectures; `-a help` lists them")
+    add("--stem", choices=STEMS, default=DEFAULT.stem,
+        help="first layers of a ResNet: stock is torchvision's 7x7 of stride 2, stride1 the same "
+        "at stride 1, cifar a 3x3 without pooling")
+    add("--pretrained", action="store_true",
+        help="start from torchvision's ImageNet weights; with its stem unless --stem is given")
+    add("--sync-bn", action=argparse.BooleanOptionalAction, default=False,
+        help="batch statistics over all GPUs (default: no)")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=cli.positive_int, default=90, metavar="N", help="total epochs to run")
     add("--start-epoch", type=cli.non_negative_int, default=0, metavar="N",
         help="epoch to start from; a checkpoint has its own")
     add("-b", "--batch-size", type=cli.positive_int, default=256, metavar="N",
         help="images a step, over all processes together")
     add("--lr", "--learning-rate", dest="lr", type=cli.non_negative_float, default=0.1,
-        metavar="LR", help="initial learning rate")
-    add("--momentum", type=cli.non_negative_float, default=0.9, metavar="M", help="of SGD")
+        metavar="LR", help="initial learning rate, of the whole batch")
+    add("--momentum", type=cli.non_negative_float, default=0.9, metavar="M",
+        help="momentum of SGD")
     add("--wd", "--weight-decay", dest="weight_decay", type=cli.non_negative_float, default=1e-4,
-        metavar="W", help="of all parameters")
-    add("-p", "--print-freq", type=cli.positive_int, default=10, metavar="N",
-        help="steps between two lines")
-    add("--resume", type=cli.pathname, metavar="PATH",
-        help="checkpoint to continue or to evaluate, or `auto` for the newest whole one of "
-        "--output-dir, if there is one")
-    add("--overwrite", action="store_true", help="begin anew where a run is")
-    add("-e", "--evaluate", action="store_true", help="evaluate on the validation set and exit")
-    add("--pretrained", action="store_true",
-        help="start from torchvision's ImageNet weights; with its stem unless --stem is given")
-    add("--seed", type=cli.non_negative_int, help="makes a run repeatable; else drawn and printed")
-    add("--dummy", action="store_true", help="fake data, to benchmark without a disk")
-    # The original's end here; these are new.
-    add("--image-size", type=cli.positive_int, default=DEFAULT.image_size, metavar="PX",
-        help="side of the images that the model sees; of weights of other programs 224 px, "
-        "unless the images are small")
-    add("--stem", choices=STEMS, default=DEFAULT.stem,
-        help="first layers of a ResNet: stock is torchvision's 7x7 of stride 2, stride1 the same "
-        "at stride 1, cifar a 3x3 without pooling")
-    add("--output-dir", type=cli.pathname, metavar="DIR",
-        help="for checkpoint.pth and model_best.pth, else output/ARCH-(cpu|cpu4|gpu1|gpu4)")
-    add("--log-dir", type=cli.pathname, metavar="DIR", help="for TensorBoard, else OUTPUT_DIR/logs")
-    add("--download", action=argparse.BooleanOptionalAction, default=True,
-        help="fetch Tiny-ImageNet when its default DIR is missing")
+        metavar="W", help="weight decay, of all parameters")
     add("--lr-schedule", choices=("step", "cosine"), default="step",
         help="step: a tenth every 30 epochs; cosine: to zero")
     add("--warmup-epochs", type=cli.non_negative_int, default=0, metavar="N",
         help="epochs of linearly rising learning rate before it")
-    add("--label-smoothing", type=cli.fraction, default=0.0, metavar="E", help="of the targets")
-    add("--cutmix", type=cli.non_negative_float, default=0.0, metavar="ALPHA", help="0: none")
+    add("--label-smoothing", type=cli.fraction, default=0.0, metavar="E",
+        help="share of a target that all classes get")
+    add("--cutmix", type=cli.non_negative_float, default=0.0, metavar="ALPHA",
+        help="parameter of its Beta distribution; 0: none")
     add("--mixup", type=cli.non_negative_float, default=0.0, metavar="ALPHA",
         help="0: none; with --cutmix as well, each batch gets one of the two")
-    add("--sync-bn", action=argparse.BooleanOptionalAction, default=False,
-        help="batch statistics over all GPUs")
-    add("--compile", action="store_true", help="torch.compile the model")
+    add("--seed", type=cli.non_negative_int, help="makes a run repeatable; else drawn and printed")
+    add = parser.add_argument_group("run").add_argument
+    add("-e", "--evaluate", action="store_true", help="evaluate on the validation set and exit")
+    add("--resume", type=cli.pathname, metavar="PATH",
+        help="checkpoint to continue or to evaluate, or `auto` for the newest whole one of "
+        "--output-dir, if there is one")
+    add("--overwrite", action="store_true", help="begin anew where a run is")
     add("--checkpoint-every", type=cli.non_negative_int, default=0, metavar="STEPS",
         help="also checkpoint within an epoch; 0: at its end only")
+    add = parser.add_argument_group("output").add_argument
+    add("-p", "--print-freq", type=cli.positive_int, default=10, metavar="N",
+        help="steps between two lines")
+    add("--output-dir", type=cli.pathname, metavar="DIR",
+        help="for checkpoint.pth and model_best.pth, else output/ARCH-(cpu|cpu4|gpu1|gpu4)")
+    add("--log-dir", type=cli.pathname, metavar="DIR", help="for TensorBoard, else OUTPUT_DIR/logs")
     for flag in ("--world-size", "--rank", "--dist-url", "--dist-backend", "--gpu",
                  "--multiprocessing-distributed", "--no-accel"):
-        add(flag, nargs="?", const="", type=launchers_business, help=argparse.SUPPRESS)
+        parser.add_argument(flag, nargs="?", const="", type=launchers_business,
+                            help=argparse.SUPPRESS)
     # fmt: on
     return parser
 

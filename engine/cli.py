@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ class UserError(Exception):
     """A mistake of the user's: one line that names the thing, the place and the remedy."""
 
 
-class _HelpWithDefaults(argparse.HelpFormatter):
+class _HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, argparse.SUPPRESS) or isinstance(action.default, bool):
             return action.help
@@ -23,12 +24,19 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with errors of one line, and with settings, whose defaults may come later.
 
     Args:
+        doc: a docstring, whose first line says what the command does, and whose first indented
+            lines are examples.
         settings: destinations of flags that `parse_args` leaves at None when they are not given,
             for `settle` to fill in.
     """
 
-    def __init__(self, description: str, settings: Collection[str] = ()) -> None:
-        super().__init__(description=description, formatter_class=_HelpWithDefaults)
+    def __init__(self, doc: str, settings: Collection[str] = ()) -> None:
+        examples = re.search(r"^(?:    .*\n)+", doc, re.MULTILINE)
+        super().__init__(
+            description=doc.splitlines()[0],
+            epilog=f"examples:\n{examples[0]}" if examples else None,
+            formatter_class=_HelpWithDefaults,
+        )
         self.settings = settings
 
     def error(self, message: str) -> NoReturn:

@@ -44,7 +44,8 @@ def default_spec(arch: str) -> ModelSpec:
 def check_architecture(arch: str) -> None:
     if arch not in ARCHITECTURES:
         near = difflib.get_close_matches(arch.lower(), ARCHITECTURES, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see --help for all of them"
+        all_of_them = f"one of {' '.join(ARCHITECTURES)}"
+        hint = f"did you mean {' or '.join(near)}?" if near else all_of_them
         raise UserError(f"unknown architecture {arch!r}: {hint}")
 
 

@@ -190,3 +190,13 @@ def test_the_batches_of_an_unfinished_epoch_are_not_changed_by_a_flag(tmp_path: 
     assert other.code == 0, other
     assert "was trained with --batch-size 8, this run has 4\n" in other.out
     assert read(tmp_path / "killed" / "checkpoint.pth")["batch_size"] == 4
+
+
+def test_help_says_what_a_docstring_says_first_and_ends_with_its_examples() -> None:
+    doc = (
+        "Do it.\n\n    python it.py\n    python it.py -a 1  # twice\n\nMore.\n\n    * no example\n"
+    )
+    text = ArgumentParser(doc).format_help()
+    assert "\n\nDo it.\n\n" in text
+    assert text.endswith("\n\nexamples:\n    python it.py\n    python it.py -a 1  # twice\n")
+    assert "More" not in text and "no example" not in text
