@@ -54,7 +54,7 @@ test-cluster: $(VENV)/.dev
 	$(BIN)/python -m pytest -m cluster
 
 test-gpu:
-	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py
 
 benchmark-gpu:
 	$(GPU_PYTHON) benchmarks/resnet_throughput.py -b 1024 --precision bf16 --compile --rounds 3 \

@@ -133,8 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             predict(accelerator, model, datasets[size], rows, args)
             for (model, _), size in zip(restored, sizes, strict=True)
         ]
-    except BadImageError:
-        refuse_bad_images(data.root, data.val.paths, args.workers)
+    except BadImageError as error:
+        processes = accelerator.num_processes
+        refuse_bad_images(error, data.root, data.val.paths, args.workers, processes)
     if accelerator.is_main_process:
         verdicts = [
             Verdict(

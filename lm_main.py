@@ -177,8 +177,6 @@ def fit(
         f"=> {args.batch_size} columns of {args.bptt} words a step, {train.shape[1]} columns a "
         f"process; best model {run.best}, latest state {run.latest}, curves in {run.log_dir}"
     )
-    if run.is_done(args.epochs):
-        return
 
     def contents() -> dict[str, Any]:
         hidden = [accelerator.gather(h.transpose(0, 1).contiguous()) for h in state["hidden"]]

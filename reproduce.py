@@ -57,6 +57,8 @@ TRAININGS = {
     "gpu4": "four GPUs",
 }
 LANGUAGE_MODELS = {"Transformer": 5, "LSTM": 20, "CNN": 20}  # and their learning rates
+# Variables of a launcher that has started this script, which its commands must not take for theirs.
+LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 METRICS = ("Loss", "Acc@1", "Acc@5")
 SHEET_ROWS = 4  # of a contact sheet in the report
 STYLE = """
@@ -103,6 +105,7 @@ class Reproduction:
         check_writable(self.folder, "--output-dir")
         settings = {key: value for key, value in vars(args).items() if key != "output_dir"}
         self.sections: list[str] = []
+        self.called: list[str] = []  # steps of this call
         self.state_path = self.folder / "state.json"
         self.state: dict[str, Any] = {"settings": settings, "steps": {}}
         if not self.state_path.exists():
@@ -136,8 +139,9 @@ class Reproduction:
         """Run a command unless it is done; returns whether it was successful."""
         shown = shlex.join(step.command)
         found = self.state["steps"].get(step.name, {})
-        if found.get("command") != shown:
-            found = {"seconds": 0.0}
+        self.called.append(step.name)
+        if found.get("command") != shown:  # from another folder, perhaps
+            found = {"seconds": found.get("seconds", 0.0)}
         print(f"=> {shown}")
         if found.get("code") == 0:
             print("   done before")
@@ -200,9 +204,15 @@ def execute(command: list[str], log: Path) -> int:
     launcher = ["-m", "accelerate.commands.launch"] if program == "accelerate" else []
     argv = [sys.executable, *launcher, *rest[1 if launcher else 0 :]]
     log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
     with log.open("a") as output:
         process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
         )
         try:
             return process.wait()
@@ -543,7 +553,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"=> {stopped}: the same command goes on from here")
         leave(EXIT_STOPPED)
     path = report.write()
-    failed = [name for name in report.state["steps"] if not report.is_done(name)]
+    failed = [name for name in report.called if not report.is_done(name)]
     for name in failed:
         print(f"=> {name} {report.failure(name)}")
     print(f"=> open {path}")
@@ -552,4 +562,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, alone=True)

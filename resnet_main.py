@@ -135,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = make_run(accelerator, args)
     accelerator.print(describe_run(accelerator))
     splits = [("DIR", Path(args.data, split)) for split in ("train", "val")]
-    run.claim(args.resume, args.evaluate, inputs=splits)
-    args.resume = run.find(args.resume, args.evaluate, args.overwrite)
+    args.resume = run.find(args.resume, args.evaluate, args.overwrite, inputs=splits)
     checkpoint = load(args.resume) if args.resume else Checkpoint()
     settle(parser, args, checkpoint, accelerator)
     data = find_data(accelerator, args)
@@ -149,8 +148,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             accelerator.print(evaluate(run, model, val_loader, args))
         else:
             fit(run, model, optimizer, train_loader, val_loader, data, args)
-    except BadImageError:
-        refuse_bad_images(data.root, data.train.paths + data.val.paths, args.workers)
+    except BadImageError as error:
+        paths = data.train.paths + data.val.paths
+        refuse_bad_images(error, data.root, paths, args.workers, accelerator.num_processes)
 
 
 def fit(
@@ -172,9 +172,6 @@ def fit(
         f"=> {args.batch_size} images a step, {args.batch_size // accelerator.num_processes} a "
         f"process; checkpoints in {run.latest.parent}, curves in {run.log_dir}"
     )
-
-    if run.is_done(args.epochs):
-        return
 
     def contents() -> dict[str, Any]:
         return {

@@ -29,7 +29,7 @@ esac
 exec 3> >(exec tee -a "$OUTPUT/logs/${script%.py}.log")
 log=$!
 accelerate launch --config_file "$CODE/accelerate_configs/$config" --num_processes "$processes" \
-  --main_process_port 0 "$CODE/$script" --resume auto --log-dir "$OUTPUT/logs" \
+  --main_process_port 0 "$CODE/$script" --resume auto --log-dir "$OUTPUT/logs/${script%.py}" \
   "${places[@]}" "$@" >&3 2>&1 3>&- &
 launcher=$!
 exec 3>&-

@@ -52,7 +52,7 @@ def _leave_while_loading(signum: int, frame: FrameType | None) -> None:
 def _runs_a_command() -> bool:
     """Whether a command of the kit is what Python runs, rather than a notebook or a test."""
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
-    return Path(script).resolve().parent == Path(__file__).resolve().parent.parent
+    return bool(script) and Path(script).resolve().parent == Path(__file__).resolve().parent.parent
 
 
 def has_temporary_folder() -> bool:
@@ -140,7 +140,7 @@ def _mistake(error: Exception) -> str | None:
     full = ("DefaultCPUAllocator", "Cannot allocate memory")
     if isinstance(error, MemoryError) or any(phrase in text for phrase in full):
         return "the machine's memory is full: use a smaller --batch-size or model"
-    if isinstance(error, OSError) and error.errno in OF_A_PATH:
+    if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename:
         return f"{error.filename}: {error.strerror}"
     return None
 

@@ -222,7 +222,10 @@ def lock(path: Path, flag: str, patience: float) -> IO[str] | None:
         import fcntl
     except ImportError:
         return None
-    file = path.open("a+")
+    try:
+        file = path.open("a+")
+    except PermissionError:  # another user's, in a folder that both may write
+        return None
     deadline = time.monotonic() + patience
     while True:
         try:

@@ -72,7 +72,7 @@ def build_accelerator(deterministic: bool = True, broadcast_buffers: bool = True
     _refuse_unknown_modes()
     asked = get_int_from_env(WORLD_SIZE_VARIABLES, 1)
     asked_here = get_int_from_env(["LOCAL_WORLD_SIZE"], asked)
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
+    launched = _is_launched()
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip().startswith("-1")
     try:
         wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or hidden
@@ -127,6 +127,12 @@ def build_accelerator(deterministic: bool = True, broadcast_buffers: bool = True
         # oneDNN's LSTM fails there; torch's own computes, and no layer is slower for it.
         torch.backends.mkldnn.set_flags(False)
     return accelerator
+
+
+def _is_launched() -> bool:
+    """Whether a launcher has set the precision, which by hand says nothing of devices."""
+    names = {"ACCELERATE_DYNAMO_MODE", "SLURM_PROCID", *WORLD_SIZE_VARIABLES}
+    return "ACCELERATE_MIXED_PRECISION" in os.environ and bool(names & os.environ.keys())
 
 
 def _refuse_unknown_modes() -> None:

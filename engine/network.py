@@ -61,6 +61,7 @@ def find_interface() -> str:
     addresses, states = psutil.net_if_addrs(), psutil.net_if_stats()
     asked = os.environ.get("NCCL_SOCKET_IFNAME", "")
     names = tuple(filter(None, asked.lstrip("^=").split(",")))
+    towards_main = ""
     with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
         probe.connect((os.environ.get("MASTER_ADDR", ""), 9))  # sends nothing
         towards_main = probe.getsockname()[0]
@@ -78,6 +79,8 @@ def find_interface() -> str:
     inet: list[str] = [
         name
         for name, own in addresses.items()
-        if states[name].isup and any(a.family in (socket.AF_INET, socket.AF_INET6) for a in own)
+        if name in states
+        and states[name].isup  # an alias has no state of its own
+        and any(a.family in (socket.AF_INET, socket.AF_INET6) for a in own)
     ]
     return min(inet, key=preference)

@@ -29,7 +29,7 @@ from torch import nn
 from engine.checkpoints import Checkpoint, Writer, load, newest_whole, previous_of
 from engine.cli import UserError
 from engine.exits import Stopped
-from engine.files import Named, check_outputs, lock, same_place, whole_or_absent
+from engine.files import Named, check_outputs, lock, same_place, writing
 from engine.launch import ANSWER_WITHIN, set_patience
 from engine.metrics import Curves, Sums, diverged, has_points
 from engine.preemption import Preemption
@@ -66,27 +66,34 @@ class Run:
     resumed: Path | None = None  # the checkpoint that the run goes on from
     is_own: bool = False  # whether that is one of this run's own files
     is_best: bool = False  # whether it holds the best epoch
-    has_best: bool = False  # whether `best` does
     locks: Sequence[IO[str] | None] = ()  # what keeps another run away, on the main process
     carried: list[list[float]] | None = None  # sums of its unfinished epoch
     writer: Writer | None = None  # within `training`
 
     def __post_init__(self) -> None:
         self.preemption = Preemption(self.accelerator)
+        self.no_figure = self.values[self.figure]  # before the first epoch's end
 
     @property
     def number(self) -> int:
         """The epoch under way as lines and curves number it."""
         return self.epoch + self.first_epoch
 
-    def claim(
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.latest, previous_of(self.latest), self.best
+
+    def find(
         self,
         asked: Path | None,
         evaluates: bool,
+        overwrite: bool = False,
         outputs: Sequence[Named] = (),
         inputs: Sequence[Named] = (),
-    ) -> None:
-        """Check all paths of a command before it writes anything, and keep other runs away.
+    ) -> Path | None:
+        """What `--resume` means: the path asked for; for `auto` the newest whole one, or None.
+
+        Before that all paths of the command are checked, and other runs kept away.
 
         Args:
             asked: `--resume`.
@@ -94,39 +101,15 @@ class Run:
             inputs: files that it reads, but `asked`.
 
         Raises:
-            UserError: what `check_outputs` refuses; another run that is under way here.
-        """
-        if not self.accelerator.is_main_process:
-            return
-        own = [(self.flag, path) for path in self.files]
-        if asked and (evaluates or not any(same_place(asked, path) for path in self.files)):
-            inputs = [*inputs, ("--resume", asked)]
-        if evaluates:
-            check_outputs(outputs, inputs=inputs)
-            return
-        check_outputs([*own, *outputs], [("--log-dir", self.log_dir)], inputs)
-        if not self.is_dry:
-            place = Path(os.path.realpath(self.latest))
-            locks = {place.with_name(f".{place.name}.lock"): self.flag}
-            locks[self.log_dir / ".lock"] = "--log-dir"
-            patience = PATIENCE if str(asked) == "auto" else 0
-            self.locks = [lock(path, flag, patience) for path, flag in locks.items()]
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.latest, previous_of(self.latest), self.best
-
-    def find(self, asked: Path | None, evaluates: bool, overwrite: bool = False) -> Path | None:
-        """What `--resume` means: the path asked for; for `auto` the newest whole one, or None.
-
-        Raises:
-            UserError: a fresh start where a run is, unless `overwrite`; for `auto` checkpoints that
-                are all damaged, or none, and the command evaluates.
+            UserError: what `check_outputs` refuses; another run that is under way here; a fresh
+                start where a run is, unless `overwrite`; for `auto` checkpoints that are all
+                damaged, or none, and the command evaluates.
         """
         answer: list[Any] = [None, False]
         # The main process decides: the others may see an older state of a network disk.
         if self.accelerator.is_main_process:
             try:
+                self._claim(asked, evaluates, outputs, inputs)
                 answer = list(self._find(asked, evaluates, overwrite))
             except UserError as error:
                 answer = [error, False]
@@ -136,6 +119,26 @@ class Run:
         found: Path | None = answer[0]
         self.is_own = answer[1]
         return found
+
+    def _claim(
+        self, asked: Path | None, evaluates: bool, outputs: Sequence[Named], inputs: Sequence[Named]
+    ) -> None:
+        is_auto = str(asked) == "auto"
+        is_own = is_auto or any(same_place(asked, path) for path in self.files if asked)
+        if asked and not is_auto and (evaluates or not is_own):
+            inputs = [*inputs, ("--resume", asked)]
+        if evaluates:
+            check_outputs(outputs, inputs=inputs)
+            return
+        own = [(self.flag, path) for path in self.files]
+        logs = [] if self.is_dry else [("--log-dir", self.log_dir)]
+        check_outputs([*own, *outputs], logs, inputs)
+        if not self.is_dry:
+            place = Path(os.path.realpath(self.latest))
+            locks = {place.with_name(f".{place.name}.lock"): self.flag}
+            locks[self.log_dir / ".lock"] = "--log-dir"
+            patience = PATIENCE if is_auto else 0
+            self.locks = [lock(path, flag, patience) for path, flag in locks.items()]
 
     def _find(
         self, asked: Path | None, evaluates: bool, overwrite: bool
@@ -223,6 +226,9 @@ class Run:
             # Torch 2.15 has another name for it, which 2.11 and Accelerate do not know.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        for state in self.optimizer.state.values():
+            if "step" in state:  # AdamW's count, which torch reads on the CPU
+                state["step"] = state["step"].cpu()
         return self.model, self.optimizer
 
     @contextlib.contextmanager
@@ -244,7 +250,6 @@ class Run:
 
     def _carry_best(self) -> None:
         """Take the best epoch so far along when the run goes on from another place."""
-        self.has_best = self.is_own and self.best.is_file()
         if self.resumed is None or self.is_own:
             return
         source = self.best_of(self.resumed)
@@ -253,23 +258,19 @@ class Run:
         elif not self.accelerator.is_main_process:
             return
         elif source != self.resumed and self._are_of_one_run(self.resumed, source):
-            with whole_or_absent(self.best) as temporary:
+            with writing(self.best) as temporary:
                 shutil.copyfile(source, temporary)
         else:
-            print(
-                f"=> {self.resumed} is without its best epoch: {self.best} begins with the next one"
-            )
-            return
-        self.has_best = True
-
-    def is_done(self, count: int) -> bool:
-        """Whether no epoch is left of `count`, which is said."""
-        if self.epoch >= count:
-            self.accelerator.print(f"=> {self.epoch} epochs are done: raise --epochs to go on")
-        return self.epoch >= count
+            self.best.unlink(missing_ok=True)  # of another run, which --overwrite replaces
+            if self.values[self.figure] != self.no_figure:
+                print(
+                    f"=> {self.resumed} is without its best epoch: {self.best} takes a better one"
+                )
 
     def epochs(self, count: int) -> Iterator[int]:
         """The epochs that are left of `count`; each ends with `end_of_epoch`."""
+        if self.epoch >= count:
+            self.accelerator.print(f"=> {self.epoch} epochs are done: raise --epochs to go on")
         while self.epoch < count:
             yield self.epoch
 
@@ -365,8 +366,7 @@ class Run:
         # and TensorBoard shows the later ones.
         self.curves.add(self.number, scalars)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, None
-        self.save(*([self.best] if is_best or not self.has_best else []))
-        self.has_best = True
+        self.save(*([self.best] if is_best else []))
 
     def save(self, *copies: Path) -> None:
         """Write a checkpoint; every process calls this, the main one writes."""

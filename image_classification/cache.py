@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import mmap
@@ -27,9 +28,7 @@ SMALL = 128  # pixels a side; larger images are decoded by worker processes in e
 PROBES = 64  # files whose headers tell whether a dataset's images are small
 BATCH = 64  # images; all workers' batches fit the 64 MB of shared memory that containers have
 MOST_NAMED = 1000  # bad files in one message
-
-# A damaged file raises what its parser happened to meet: struct.error, EOFError, KeyError, …
-UNREADABLE = Exception
+NOT_THE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)  # faults of the machine
 
 
 class BadImageError(Exception):
@@ -46,7 +45,10 @@ def open_image(path: str) -> Image.Image:
         # PIL warns of odd EXIF blocks, once for every file.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             return image.convert("RGB")
-    except UNREADABLE as error:
+    # A damaged file raises what its parser happened to meet: struct.error, EOFError, KeyError, …
+    except Exception as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_FILES:
+            raise
         raise BadImageError(path) from error
 
 
@@ -112,13 +114,19 @@ def _decode(
         )
 
 
-def refuse_bad_images(root: Path, paths: Sequence[str], workers: int) -> NoReturn:
+def refuse_bad_images(
+    met: BadImageError, root: Path, paths: Sequence[str], workers: int, processes: int
+) -> NoReturn:
     """Raise one `UserError` for all the bad files of a dataset, after one of them was met.
 
-    Only decoding every file tells which others are bad.
+    Only decoding every file tells which others are bad. Of several processes none can wait for
+    that, and the one file is named.
     """
     if not any(map(os.path.exists, _sample(paths))):
         raise UserError(f"the images of {root} have gone: restore them, and --resume auto goes on")
+    if processes > 1:
+        path = str(met).rpartition("BadImageError: ")[2].strip()  # of a worker, after its traceback
+        raise UserError(f"{path} cannot be read: restore or delete it")
     for _ in _decode(paths, 0, workers, "looking for bad images"):
         pass
     raise UserError("an image could not be read, but all can now: check the disk")
@@ -135,7 +143,7 @@ def small_side(paths: Sequence[str]) -> int | None:
         try:
             with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
                 sizes[image.size] += 1
-        except UNREADABLE:
+        except Exception:
             continue  # decoding will name it
     if not sizes:
         return None

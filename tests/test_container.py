@@ -58,7 +58,7 @@ def test_a_container_is_stopped_started_again_and_ends_with_the_bits_of_one_run(
     assert len(END.findall(log.read_text())) == 1
 
     assert run("lm_main.py", "--data", "set", *flags, cwd=tmp_path).code == 0
-    (tmp_path / "output" / "logs").rename(tmp_path / "output" / "model.logs")
+    (tmp_path / "output" / "logs" / "lm_main").rename(tmp_path / "output" / "model.logs")
     same_bits(tmp_path, tmp_path / "output", "model.checkpoint.pt", "model.logs")
     assert list((tmp_path / "home").iterdir()) == []
 

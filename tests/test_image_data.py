@@ -174,7 +174,10 @@ def test_bad_images_are_all_named_at_once(tmp_path: Path) -> None:
     Path(paths[17]).write_text("a web page")
     Path(paths[20]).unlink()
     Path(paths[20]).symlink_to("nowhere")
-    for attempt in (lambda: load(root), lambda: refuse_bad_images(root, paths, workers=0)):
+    met = BadImageError(paths[3])
+    with pytest.raises(UserError, match=f"^{paths[3]} cannot be read"):
+        refuse_bad_images(met, root, paths, 0, 4)
+    for attempt in (lambda: load(root), lambda: refuse_bad_images(met, root, paths, 0, 1)):
         with pytest.raises(UserError) as refusal:
             attempt()
         message = str(refusal.value)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from kit import (
     run,
 )
 
-from engine.network import reason
+from engine.network import find_interface, reason
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
 
@@ -297,3 +298,20 @@ def test_what_only_posix_has_is_done_without(tmp_path: Path) -> None:
     assert len(scripts) >= 7
     for script in scripts:
         assert there(script, "--help").code == 0
+
+
+def test_gloo_takes_the_interface_that_nccl_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the main process's address is IPv6 or unknown, and an address has an alias."""
+    own = {"lo": "127.0.0.1", "docker0": "172.17.0.1", "eth0:1": "10.0.0.9", "eth0": "10.0.0.5"}
+    inet = {name: [SimpleNamespace(family=socket.AF_INET, address=a)] for name, a in own.items()}
+    states = {name: SimpleNamespace(isup=True) for name in own if ":" not in name}
+    monkeypatch.setattr("engine.network.psutil.net_if_addrs", lambda: inet)
+    monkeypatch.setattr("engine.network.psutil.net_if_stats", lambda: states)
+    for main in ("fd00::1", "no-such-host.invalid", ""):
+        monkeypatch.setenv("MASTER_ADDR", main)
+        for asked, expected in (
+            *(("", "eth0"), ("eth", "eth0"), ("=eth0", "eth0")),
+            *(("docker,eth", "eth0"), ("docker", "docker0"), ("^eth", "docker0")),
+        ):
+            monkeypatch.setenv("NCCL_SOCKET_IFNAME", asked)
+            assert find_interface() == expected, (main, asked)

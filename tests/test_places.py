@@ -167,13 +167,12 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_epoch_along(source: str, fo
     away = ("--resume", source, "--save", "b/model.pt", "--lr", 1e4)
     result = lm(folder, 3, *away)
     assert result.code == 0, result
-    kept = read(folder / "b" / "model.pt")
-    if source == "alone.pt":  # whose best epoch is nowhere
-        assert (
-            "=> alone.pt is without its best epoch: b/model.pt begins with the next" in result.out
-        )
-        assert kept["epoch"] == 3
+    if source == "alone.pt":  # whose best epoch is nowhere, and no later one is better
+        assert "=> alone.pt is without its best epoch: b/model.pt takes a better" in result.out
+        assert "b/model.pt does not hold this run's best weights: testing the last" in result.out
+        assert not (folder / "b" / "model.pt").exists()
         return
+    kept = read(folder / "b" / "model.pt")
     assert kept["best_val_loss"] == best["best_val_loss"]
     assert all(torch.equal(kept["state_dict"][n], t) for n, t in best["state_dict"].items())
     assert read(folder / "b" / "model.checkpoint.pt")["epoch"] == 3

@@ -407,7 +407,9 @@ def test_a_worker_ignores_signals_from_its_start_and_its_death_is_one_line(tmp_p
 
 
 def can_mount() -> bool:
-    return not subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode
+    command = ["unshare", "-m", "true"]
+    there = shutil.which(command[0])
+    return bool(there) and not subprocess.run(command, capture_output=True).returncode
 
 
 @pytest.mark.skipif(not can_mount(), reason="only root can give a process a /dev/shm of its own")

@@ -98,8 +98,8 @@ def find_checkpoint(run: Run, args: argparse.Namespace) -> Checkpoint:
     if args.onnx_export:
         check_exporter()
     asked = args.resume or (args.save if args.evaluate else None)
-    run.claim(asked, args.evaluate, onnx_files(args.onnx_export), corpus_files(args.data))
-    args.resume = run.find(asked, args.evaluate, args.overwrite)
+    paths = onnx_files(args.onnx_export), corpus_files(args.data)
+    args.resume = run.find(asked, args.evaluate, args.overwrite, *paths)
     return load(args.resume) if args.resume else Checkpoint()
 
 
