@@ -333,7 +333,8 @@ def add_trainings(report: Reproduction) -> list[str]:
         draw_curves(runs, ["Loss", "Acc@1", "Acc@5"], report.pictures / "curves.png"),
         "Dashed lines are the training images, whose crops and flips make them harder, solid ones "
         "the validation images. Epochs count from 0. The table has the last epoch's figures, "
-        "training / validation.",
+        "training / validation. Of four processes each normalises its own quarter of a batch by "
+        "that quarter's mean and variance (on GPUs `--sync-bn` shares them).",
     )
     rows = []
     for name, curves in zip(done, runs.values(), strict=True):
