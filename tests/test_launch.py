@@ -293,7 +293,7 @@ def test_what_only_posix_has_is_done_without(tmp_path: Path) -> None:
     flags = ("--image-size", 32, "--stem", "stock", "-b", 24, "--epochs", 1, "-j", 0)
     trained = there("resnet_main.py", "set", *flags)
     assert trained == Result(0, trained.out, "")
-    assert (tmp_path / "output" / "resnet" / "checkpoint.pth").exists()
+    assert (tmp_path / "output" / "resnet18-cpu" / "checkpoint.pth").exists()
     scripts = [path.name for path in KIT.glob("*.py")]
     assert len(scripts) >= 7
     for script in scripts:

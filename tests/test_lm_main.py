@@ -302,7 +302,6 @@ def test_a_dry_run_takes_one_step_exports_and_keeps_nothing(trained: tuple[Path,
         assert "does not hold" not in result.out
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[:2] != ".s"}
     assert after == before
-    assert run("lm_main.py", *flags, "--log-dir", "/dev/null/x", cwd=folder).code == 2
     evaluate = ("--data", "set", "--evaluate", "--onnx-export", "x.onnx")
     assert run("lm_main.py", *evaluate, cwd=folder).code == 0
     assert (folder / "x.onnx").stat().st_size > 1000
