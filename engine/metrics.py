@@ -111,14 +111,12 @@ class Curves:
             threading.excepthook = _keep_quiet_about_disks
             try:
                 self.writer = SummaryWriter(str(log_dir), purge_step=first_epoch)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # TensorBoard wants UTF-8
                 raise self._unwritable(error) from error
 
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write to {self.log_dir}: {error.strerror or error}; choose another with "
-            "--log-dir"
-        )
+    def _unwritable(self, error: OSError | UnicodeError) -> UserError:
+        reason = getattr(error, "strerror", None) or error
+        return UserError(f"cannot write to {self.log_dir}: {reason}; choose another with --log-dir")
 
     def add(self, epoch: int, scalars: Mapping[str, float]) -> None:
         if self.writer is None:

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from kit import KIT, Result, Running, error_line, launch, make_corpus, make_data
 from engine import checkpoints, files
 from engine.checkpoints import previous_of
 from engine.cli import UserError
+from engine.metrics import Curves
 from image_classification.training import default_folder
 from word_language_model.export import export_onnx
 from word_language_model.model import ModelSpec, build_model
@@ -384,3 +386,10 @@ def test_a_run_without_a_folder_is_named_by_what_it_runs_on(tmp_path: Path) -> N
         accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes)
         args = SimpleNamespace(arch=arch, resume=resume, evaluate=evaluate)
         assert default_folder(accelerator, args) == Path("output", name)  # type: ignore[arg-type]
+
+
+def test_a_log_folder_whose_name_is_no_utf8_is_one_line(tmp_path: Path) -> None:
+    """Checkpoints may lie there, TensorBoard's curves not."""
+    accelerator: Any = SimpleNamespace(is_main_process=True)
+    with pytest.raises(UserError, match=r"cannot write to .*choose another with --log-dir"):
+        Curves(accelerator, tmp_path / os.fsdecode(b"o\xfe"), 0)
