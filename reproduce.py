@@ -32,7 +32,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import markdown
 import torch
@@ -72,6 +72,14 @@ p:has(img) { max-height: 48em; overflow: auto }
 Curve = dict[int, float]  # by epoch
 
 
+def words_of_a_shell(text: str) -> str:
+    try:
+        shlex.split(text)
+    except ValueError as error:  # a quotation mark that is not closed
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    return text
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
@@ -80,20 +88,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--text", type=nonempty, default="sample", metavar="DIR", help="corpus for lm_main.py")
     add("--epochs", type=positive_int, default=4, metavar="N", help="of the image classifiers")
     add("--text-epochs", type=positive_int, default=4, metavar="N", help="of the language models")
-    add("--image-flags", default="--stem stock -b 32 --lr 0.02 --lr-schedule cosine --seed 1",
+    add("--image-flags", type=words_of_a_shell,
+        default="--stem stock -b 32 --lr 0.02 --lr-schedule cosine --seed 1",
         metavar="FLAGS", help="more flags of resnet_main.py")
-    add("--text-flags", default="--seed 1111", metavar="FLAGS", help="more flags of lm_main.py")
+    add("--text-flags", type=words_of_a_shell, default="--seed 1111", metavar="FLAGS",
+        help="more flags of lm_main.py")
     add("--output-dir", type=pathname, default=Path("output/report"), metavar="DIR",
         help="for report.md, report.html and all that the commands write")
     # fmt: on
     return parser.parse_args(argv)
-
-
-class Step(NamedTuple):
-    """A command of the kit, as its user would type it."""
-
-    name: str
-    command: list[str]
 
 
 class Reproduction:
@@ -115,9 +118,15 @@ class Reproduction:
                     "another --output-dir"
                 )
             self.keep_state()
-        self.state = json.loads(self.state_path.read_text())
+        try:
+            self.state = json.loads(self.state_path.read_text())
+            before, _ = self.state["settings"], self.state["steps"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.state_path} is damaged or another program's: move it away"
+            ) from error
         for key, value in settings.items():
-            if (found := self.state["settings"].get(key)) != value:
+            if (found := before.get(key)) != value:
                 raise UserError(
                     f"{self.folder} holds a report made with --{key.replace('_', '-')} "
                     f"{shlex.quote(str(found))}: repeat that, or choose another --output-dir"
@@ -135,11 +144,11 @@ class Reproduction:
         code: int | None = self.state["steps"].get(name, {}).get("code")
         return code == 0
 
-    def run(self, step: Step) -> bool:
+    def run(self, name: str, command: list[str]) -> bool:
         """Run a command unless it is done; returns whether it was successful."""
-        shown = shlex.join(step.command)
-        found = self.state["steps"].get(step.name, {})
-        self.called.append(step.name)
+        shown = shlex.join(command)
+        found = self.state["steps"].get(name, {})
+        self.called.append(name)
         if found.get("command") != shown:  # from another folder, perhaps
             found = {"seconds": found.get("seconds", 0.0)}
         print(f"=> {shown}")
@@ -148,12 +157,12 @@ class Reproduction:
             return True
         started, code = time.time(), -1
         try:
-            code = execute(step.command, self.log(step.name))
+            code = execute(command, self.log(name))
         finally:  # a training that is stopped goes on later, and its time counts
             found["seconds"] += time.time() - started
-            self.state["steps"][step.name] = {**found, "command": shown, "code": code}
+            self.state["steps"][name] = {**found, "command": shown, "code": code}
             self.keep_state()
-        print(f"   {found['seconds']:.0f} s" if code == 0 else f"   {self.failure(step.name)}")
+        print(f"   {found['seconds']:.0f} s" if code == 0 else f"   {self.failure(name)}")
         return code == 0
 
     def failure(self, name: str) -> str:
@@ -294,7 +303,7 @@ def overfitting(name: str, train: Curve, val: Curve) -> str:
 
 def add_sizes(report: Reproduction) -> None:
     report.add("## 1. The sizes inside a ResNet-18")
-    ok = report.run(Step("sizes", script("model_summary.py", "--json")))
+    ok = report.run("sizes", script("model_summary.py", "--json"))
     report.add_command("sizes")
     if ok:
         log = report.log("sizes").read_text()
@@ -319,7 +328,7 @@ def add_trainings(report: Reproduction) -> list[str]:
     for name in allowed:
         flags = [args.data, "--epochs", args.epochs, *shlex.split(args.image_flags)]
         flags += ["--resume", "auto", "--output-dir", report.folder / name]
-        report.run(Step(name, launched(name, "resnet_main.py", *flags)))
+        report.run(name, launched(name, "resnet_main.py", *flags))
     report.add("## 2. Trainings over each other")
     report.add_command(*allowed)
     missing = [title for name, title in TRAININGS.items() if name not in allowed]
@@ -371,7 +380,7 @@ def add_disagreements(report: Reproduction, trained: list[str]) -> None:
     names = [TRAININGS[name] for name in (trained[0], trained[-1])]
     if len(trained) > 1:
         flags = [*paths, *data, "--output-dir", folder / "disagreements"]
-        ok = report.run(Step("disagreements", script("diff_eval.py", *flags)))
+        ok = report.run("disagreements", script("diff_eval.py", *flags))
         report.add(f"a: {names[0]}; b: {names[1]}; each at its best epoch, on classes 0 and 1.")
         report.add_command("disagreements")
         if ok:
@@ -382,7 +391,7 @@ def add_disagreements(report: Reproduction, trained: list[str]) -> None:
             report.add(f"They agree on {float(agreement):.1f} % of the images.")
             add_sheet(report, "disagreements", "Images with both models' predictions")
     flags = ["--misclassified", paths[-1], *data, "--output-dir", folder / "misclassified"]
-    ok = report.run(Step("misclassified", script("diff_eval.py", *flags)))
+    ok = report.run("misclassified", script("diff_eval.py", *flags))
     report.add(f"What {names[-1]}, gets wrong:")
     report.add_command("misclassified")
     if ok:
@@ -412,9 +421,9 @@ def add_language_models(report: Reproduction) -> list[str]:
         save = folder / f"{model.lower()}.pt"
         flags = ["--data", args.text, "--model", model, "--lr", lr, "--epochs", args.text_epochs]
         flags += [*shlex.split(args.text_flags), "--resume", "auto", "--save", save]
-        if report.run(Step(model, launched(config, "lm_main.py", *flags))):
+        if report.run(model, launched(config, "lm_main.py", *flags)):
             flags = ["--checkpoint", save, "--words", 60, "--outf", save.with_suffix(".txt")]
-            report.run(Step(f"{model} sample", script("lm_generate.py", *flags)))
+            report.run(f"{model} sample", script("lm_generate.py", *flags))
             done.append(model)
     report.add_command(*LANGUAGE_MODELS)
     if not done:
@@ -450,7 +459,7 @@ def add_graph(report: Reproduction, trained: list[str]) -> None:
         return
     path = report.pictures / "transformer.svg"
     flags = ["--checkpoint", report.folder / "transformer.pt", "--output", path]
-    ok = report.run(Step("graph", script("export_graph.py", *flags)))
+    ok = report.run("graph", script("export_graph.py", *flags))
     report.add_command("graph")
     if ok:
         report.add(f"![The Transformer's autograd graph](report/{path.name})")
@@ -463,7 +472,7 @@ def add_context(report: Reproduction, trained: list[str]) -> None:
         return
     paths = [report.folder / f"{model.lower()}.pt" for model in trained]
     flags = [*paths, "--data", report.args.text, "--output-dir", report.pictures]
-    ok = report.run(Step("context", script("lm_context.py", *flags)))
+    ok = report.run("context", script("lm_context.py", *flags))
     report.add_command("context")
     if ok:
         with (report.pictures / CONTEXT_TABLE).open(newline="") as file:

@@ -28,8 +28,7 @@ def failure(error: Exception) -> str | None:
             f"another process of the run has gone or hangs ({reason(error)}): --resume auto goes "
             "on from the last checkpoint"
         )
-    if isinstance(error, dist.DistError) or any(phrase in str(error) for phrase in UNREACHABLE):
-        where = meeting_place(error)
+    if where := meeting_place(error):
         return f"the processes of the run cannot work together: {reason(error)}{where}"
     return None
 
@@ -43,7 +42,7 @@ def reason(error: Exception) -> str:
 
 
 def meeting_place(error: Exception) -> str:
-    """The variables that say where the processes of a run meet, for an error of the network."""
+    """The variables that say where processes meet; empty for an error that is not the network's."""
     if not (isinstance(error, dist.DistError) or any(p in str(error) for p in UNREACHABLE)):
         return ""
     names = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kit import make_corpus, make_dataset, run
+from kit import error_line, make_corpus, make_dataset, run
 
 import reproduce
 from engine.checkpoints import load
@@ -184,3 +184,13 @@ def test_a_signal_stops_a_launched_training_in_order(
         signal.signal(signal.SIGUSR2, before)
     assert "saved to model.checkpoint.pt" in (tmp_path / "logs" / "log").read_text()
     assert load(latest)["epoch"] == 0
+
+
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "state.json").write_text("[]")
+    for flags, message in (
+        (("--image-flags", 'a "b'), '--image-flags: a "b: No closing quotation'),
+        (("--output-dir", "out"), "out/state.json is damaged or another program's"),
+    ):
+        assert message in error_line(run("reproduce.py", *flags, cwd=tmp_path))
