@@ -59,7 +59,7 @@ test-gpu:
 benchmark-gpu:
 	$(GPU_PYTHON) benchmarks/resnet_throughput.py -b 1024 --precision bf16 --compile --rounds 3 \
 	  --only training validation loading --json resnet-gpu.json
-	$(GPU_PYTHON) benchmarks/lm_throughput.py --precision no bf16 --compile --rounds 3 --steps 200 \
+	$(GPU_PYTHON) benchmarks/lm_throughput.py --precision no bf16 --rounds 3 --steps 200 \
 	  --only training --json lm-gpu.json
 
 lint: $(VENV)/.dev

@@ -13,7 +13,7 @@ sample, stems stride1 (a) and stock (b), with `--data sample --classes all`:
 
 from __future__ import annotations
 
-from engine.exits import run_script  # before what is slow: see there
+from engine.exits import check_flags, run_script  # before what is slow: see there
 
 # isort: split
 
@@ -26,38 +26,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from PIL import Image, ImageDraw, ImageFont
-
-from engine.checkpoints import load
 from engine.cli import ArgumentParser, UserError, non_negative_int, nonempty, pathname, positive_int
-from engine.files import check_writable, refuse_clashes, writing
-from engine.launch import build_accelerator
-from image_classification.cache import BadImageError, open_image, refuse_bad_images
-from image_classification.checkpoint import count_classes, refuse_other_classes, restore_model
-from image_classification.data import ImageData, ImageLoader, load_dataset
-from image_classification.model import STEMS
-from image_classification.sources import TINY_IMAGENET
-
-CSV, SHEET = "disagreements.csv", "contact_sheet.png"
-# All that a run writes: a folder that holds anything else is not replaced.
-OWN = re.compile(rf"\d+_(a\d+_b\d+|([ab]_)?misclassified_to_\d+)_.+|{CSV}|{SHEET}")
-
-SHEET_MOST, SHEET_COLUMNS, THUMBNAIL, LABEL = 200, 8, 120, 46  # images, images, pixels, pixels
+from image_classification.settings import STEMS, TINY_IMAGENET
 
 
-class Verdict(NamedTuple):
-    """What each model says of one image."""
-
-    path: Path
-    target: int
-    predictions: tuple[int, ...]
-    probabilities: tuple[float, ...]  # of the predictions
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     # fmt: off
@@ -78,7 +51,44 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("-j", "--workers", default=4, type=non_negative_int, metavar="N",
         help="worker processes that decode images")
     # fmt: on
-    args = parser.parse_args(argv)
+    return parser
+
+
+if __name__ == "__main__":
+    check_flags(make_parser())
+
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image, ImageDraw, ImageFont
+
+from engine.checkpoints import load
+from engine.files import check_writable, refuse_clashes, writing
+from engine.launch import build_accelerator
+from image_classification.cache import BadImageError, open_image, refuse_bad_images
+from image_classification.checkpoint import count_classes, refuse_other_classes, restore_model
+from image_classification.data import ImageData, ImageLoader, load_dataset
+
+CSV, SHEET = "disagreements.csv", "contact_sheet.png"
+# All that a run writes: a folder that holds anything else is not replaced.
+OWN = re.compile(rf"\d+_(a\d+_b\d+|([ab]_)?misclassified_to_\d+)_.+|{CSV}|{SHEET}")
+
+SHEET_MOST, SHEET_COLUMNS, THUMBNAIL, LABEL = 200, 8, 120, 46  # images, images, pixels, pixels
+
+
+class Verdict(NamedTuple):
+    """What each model says of one image."""
+
+    path: Path
+    target: int
+    predictions: tuple[int, ...]
+    probabilities: tuple[float, ...]  # of the predictions
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser()
+    args = parser.parse(argv)
     wanted = (1, 2) if args.misclassified else (2,)
     if len(args.checkpoints) not in wanted:
         parser.error(f"{' or '.join(map(str, wanted))} checkpoints wanted, before the flags")

@@ -10,7 +10,7 @@ The default is the forward pass of one word: 145 nodes, and 13,828,878 parameter
 
 from __future__ import annotations
 
-from engine.exits import run_script  # before what is slow: see there
+from engine.exits import check_flags, run_script  # before what is slow: see there
 
 # isort: split
 
@@ -18,29 +18,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import graphviz
-import torch
-import torchviz
-from torch import nn
-
-from engine import checkpoints
 from engine.cli import ArgumentParser, UserError, filename, pathname
-from engine.files import check_outputs, writing
-from image_classification.checkpoint import restore_model as restore_classifier
-from image_classification.model import DEFAULT, default_spec
-from image_classification.model import build_model as build_classifier
-from word_language_model.checkpoint import restore_model as restore_language_model
-from word_language_model.model import MODELS, LanguageModel, ModelSpec
-from word_language_model.model import build_model as build_language_model
+from image_classification.settings import DEFAULT
+from word_language_model.settings import MODELS
 
 FORMATS = ("pdf", "svg", "png", "gv")  # gv is the graph's source
-# lm_main.py's defaults, and the words of WikiText-2.
-LM_SPEC = ModelSpec(
-    "Transformer", words=33_278, emsize=200, nhid=200, nlayers=2, nhead=2, tied=False
-)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def make_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     # fmt: off
@@ -56,7 +41,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--show-shapes", action="store_true",
         help="sizes and saved tensors of every operation, beside those of the parameters")
     # fmt: on
-    args = parser.parse_args(argv)
+    return parser
+
+
+if __name__ == "__main__":
+    check_flags(make_parser(), alone=True)
+
+
+import graphviz
+import torch
+import torchviz
+from torch import nn
+
+from engine import checkpoints
+from engine.files import check_outputs, writing
+from image_classification.checkpoint import restore_model as restore_classifier
+from image_classification.model import build_model as build_classifier
+from image_classification.settings import default_spec
+from word_language_model.checkpoint import restore_model as restore_language_model
+from word_language_model.model import LanguageModel
+from word_language_model.model import build_model as build_language_model
+from word_language_model.settings import ModelSpec
+
+# lm_main.py's defaults, and the words of WikiText-2.
+LM_SPEC = ModelSpec(
+    "Transformer", words=33_278, emsize=200, nhid=200, nlayers=2, nhead=2, tied=False
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse(argv)
     if args.checkpoint and args.model:
         parser.error("argument --checkpoint: not allowed with argument --model")
 

@@ -17,7 +17,7 @@ Prints a table, and writes context.csv and context.png.
 
 from __future__ import annotations
 
-from engine.exits import run_script  # before what is slow: see there
+from engine.exits import check_flags, run_script  # before what is slow: see there
 
 # isort: split
 
@@ -28,6 +28,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.cli import ArgumentParser, UserError, nonempty, pathname, positive_int
+from word_language_model.settings import WIKITEXT
+
+CSV, PICTURE = "context.csv", "context.png"
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    # fmt: off
+    add("checkpoints", nargs="+", type=pathname, metavar="CHECKPOINT", help="models of lm_main.py")
+    add("--data", type=nonempty, metavar="DIR", default=str(WIKITEXT),
+        help="folder of the corpus that they were trained on, or `sample`")
+    add("--max-context", type=positive_int, default=128, metavar="N",
+        help="words that are visible at most")
+    add("--words", type=positive_int, default=4000, metavar="N",
+        help="words of the test text whose predictions are looked at")
+    add("--output-dir", type=pathname, default=Path(), metavar="DIR",
+        help=f"for {CSV} and {PICTURE}")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    check_flags(make_parser())
+
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -35,14 +62,12 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from engine.cli import ArgumentParser, UserError, nonempty, pathname, positive_int
 from engine.files import check_outputs, writing
 from engine.launch import build_accelerator, describe_run
 from word_language_model.checkpoint import load, refuse_other_words, restore_model
-from word_language_model.data import WIKITEXT, corpus_files, load_corpus
+from word_language_model.data import corpus_files, load_corpus
 from word_language_model.model import LanguageModel
 
-CSV, PICTURE = "context.csv", "context.png"
 BATCH = 64  # predictions at a time
 TOLERANCE = 0.01  # of the loss with all words visible
 
@@ -63,20 +88,7 @@ class Context(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(__doc__)
-    add = parser.add_argument
-    # fmt: off
-    add("checkpoints", nargs="+", type=pathname, metavar="CHECKPOINT", help="models of lm_main.py")
-    add("--data", type=nonempty, metavar="DIR", default=str(WIKITEXT),
-        help="folder of the corpus that they were trained on, or `sample`")
-    add("--max-context", type=positive_int, default=128, metavar="N",
-        help="words that are visible at most")
-    add("--words", type=positive_int, default=4000, metavar="N",
-        help="words of the test text whose predictions are looked at")
-    add("--output-dir", type=pathname, default=Path(), metavar="DIR",
-        help=f"for {CSV} and {PICTURE}, else the current folder")
-    # fmt: on
-    args = parser.parse_args(argv)
+    args = make_parser().parse(argv)
     accelerator = build_accelerator()
     accelerator.print(describe_run(accelerator))
     if accelerator.is_main_process:

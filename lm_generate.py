@@ -14,7 +14,7 @@ At the default sizes two CPU cores write a word in 1.4 ms, the thousandth as fas
 
 from __future__ import annotations
 
-from engine.exits import run_script  # before what is slow: see there
+from engine.exits import check_flags, run_script  # before what is slow: see there
 
 # isort: split
 
@@ -25,48 +25,67 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
-from engine.cli import ArgumentParser, UserError, non_negative_int, nonempty, pathname, positive_int
-from engine.files import check_outputs, writing
-from engine.streams import product
-from word_language_model.checkpoint import load, restore_model
-from word_language_model.model import MAX_POSITIONS, MODELS, LanguageModel
-
-WORDS_A_LINE = 20
-UNKNOWN = "<unk>"  # WikiText's own word for rare words
-DEFAULT_BPTT = 35
+from engine.cli import (
+    ArgumentParser,
+    UserError,
+    non_negative_int,
+    nonempty,
+    number,
+    pathname,
+    positive_int,
+)
+from word_language_model.settings import MODELS
 
 
 def temperature(text: str) -> float:
-    value = float(text)
+    value = number(float, text)
     if not 1e-3 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be at least 1e-3, not {text}")
     return value
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     # fmt: off
-    add("--data", help="accepted and not needed: the vocabulary is in the checkpoint")
+    add("--data", metavar="DIR",
+        help="accepted and not needed: the vocabulary is in the checkpoint")
     add("--model", choices=MODELS, help="what the checkpoint should hold")
     add("--checkpoint", type=pathname, default=Path("model.pt"), metavar="PATH",
         help="model of lm_main.py")
     add("--outf", type=nonempty, default="generated.txt", metavar="PATH",
         help="for the text, - for standard output")
     add("--words", type=positive_int, default=1000, metavar="N", help="words to generate")
-    add("--seed", type=non_negative_int, default=1111, help="random seed")
-    add("--temperature", type=temperature, default=1.0, help="higher is more diverse")
+    add("--seed", type=non_negative_int, default=1111, metavar="N", help="random seed")
+    add("--temperature", type=temperature, default=1.0, metavar="T",
+        help="likelihoods are taken to the power of 1/T: below 1 safer, above more diverse")
     add("--log-interval", type=positive_int, default=100, metavar="N",
         help="words between two reports")
     # The original's end here; these are new.
-    add("--prompt", default="", help="words that the text continues; else one drawn at random")
+    add("--prompt", default="", metavar="TEXT",
+        help="words that the text continues; else one drawn at random")
     add("--top-k", type=positive_int, metavar="K", help="draw from the K likeliest words only")
     for flag in ("--cuda", "--accel"):
         add(flag, action="store_true", help=argparse.SUPPRESS)
     # fmt: on
-    return parser.parse_args(argv)
+    return parser
+
+
+if __name__ == "__main__":
+    check_flags(make_parser(), alone=True)
+
+
+import torch
+
+from engine.files import check_outputs, writing
+from engine.streams import product
+from word_language_model.checkpoint import load, restore_model
+from word_language_model.model import LanguageModel
+from word_language_model.settings import MAX_POSITIONS
+
+WORDS_A_LINE = 20
+UNKNOWN = "<unk>"  # WikiText's own word for rare words
+DEFAULT_BPTT = 35
 
 
 class Reader:
@@ -145,7 +164,7 @@ def output(name: str) -> Iterator[TextIO]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = make_parser().parse(argv)
     if args.outf in ("/dev/stdout", "/dev/fd/1"):  # maybe a file to which a shell appends
         args.outf = "-"
     report = sys.stderr if args.outf == "-" else sys.stdout

@@ -16,7 +16,7 @@ tied LSTM, 407 and 411 (two seeds) after six of the Transformer (docs/language_m
 
 from __future__ import annotations
 
-from engine.exits import Stopped, run_script  # before what is slow: see there
+from engine.exits import Stopped, check_flags, run_script  # before what is slow: see there
 
 # isort: split
 
@@ -29,33 +29,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from tqdm import tqdm
-
 from engine import cli
-from engine.graphs import GraphedStep, Step
-from engine.launch import build_accelerator, describe_run, keep_freed_memory
-from engine.metrics import sum_dtype
-from engine.run import Run
-from engine.seeds import seed_generators, use_deterministic_kernels
-from word_language_model.checkpoint import refuse_other_words
-from word_language_model.data import WIKITEXT, batchify, load_corpus, segment_count, segments
-from word_language_model.export import export_onnx
-from word_language_model.kernels import loss as decoded_loss
-from word_language_model.model import DEFAULT_KERNEL_SIZE, MODELS, LanguageModel
-from word_language_model.training import (
-    SETTINGS,
-    dry,
-    find_checkpoint,
-    make_run,
-    set_up,
-    settle,
-    take_best,
-)
-
-EVAL_BATCH_SIZE = 10
-RULE = 89  # characters of a line between epochs
+from word_language_model.settings import DEFAULT_KERNEL_SIZE, MODELS, SETTINGS, WIKITEXT
 
 
 def make_parser() -> cli.ArgumentParser:
@@ -65,29 +40,35 @@ def make_parser() -> cli.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--data", type=cli.nonempty, metavar="DIR", default=str(WIKITEXT),
         help="folder of the corpus, or `sample` for the built-in one")
-    add("--bptt", type=cli.positive_int, default=35, help="words of a column in a step")
+    add("--bptt", type=cli.positive_int, default=35, metavar="N",
+        help="words of each column in a step")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, default="LSTM", help="type of network")
-    add("--emsize", type=cli.positive_int, default=200, help="size of word embeddings")
-    add("--nhid", type=cli.positive_int, default=200, help="hidden units per layer")
-    add("--nlayers", type=cli.positive_int, default=2, help="number of layers")
-    add("--nhead", type=cli.positive_int, default=2, help="attention heads of the Transformer")
-    add("--kernel-size", type=cli.positive_int, default=DEFAULT_KERNEL_SIZE,
+    add("--emsize", type=cli.positive_int, default=200, metavar="N",
+        help="numbers in a word's embedding")
+    add("--nhid", type=cli.positive_int, default=200, metavar="N", help="hidden units of a layer")
+    add("--nlayers", type=cli.positive_int, default=2, metavar="N", help="layers")
+    add("--nhead", type=cli.positive_int, default=2, metavar="N", help="heads of the Transformer")
+    add("--kernel-size", type=cli.positive_int, default=DEFAULT_KERNEL_SIZE, metavar="N",
         help="words that a layer of the CNN sees")
     add("--tied", action="store_true", help="the word embedding is the decoder's weight as well")
-    add("--compile", action="store_true", help="torch.compile the model")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the model; one process on a GPU instead replays each step as a CUDA "
+        "graph, unless --no-compile or --use-optimizer is given")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=cli.positive_int, default=40, metavar="N", help="total epochs to run")
     add("--batch_size", "--batch-size", type=cli.positive_int, default=20, metavar="N",
         help="columns of text, over all processes together")
-    add("--lr", type=cli.non_negative_float, default=20.0, help="initial learning rate")
-    add("--clip", type=cli.non_negative_float, default=0.25, help="largest norm of the gradient")
-    add("--dropout", type=cli.fraction, default=0.2,
+    add("--lr", type=cli.non_negative_float, default=20.0, metavar="LR",
+        help="initial learning rate; an epoch without a better validation loss divides it by 4")
+    add("--clip", type=cli.non_negative_float, default=0.25, metavar="NORM",
+        help="a gradient of a larger norm is scaled down to it")
+    add("--dropout", type=cli.fraction, default=0.2, metavar="P",
         help="share of values that are dropped; 0: none")
-    add("--layer-dropout", type=cli.fraction, default=0.1,
-        help="within the Transformer's layers, which --dropout does not reach")
+    add("--layer-dropout", type=cli.fraction, default=0.1, metavar="P",
+        help="the same within the Transformer's layers, which --dropout does not reach")
     add("--use-optimizer", action="store_true", help="AdamW instead of plain SGD")
-    add("--seed", type=cli.non_negative_int, default=1111, help="random seed")
+    add("--seed", type=cli.non_negative_int, default=1111, metavar="N", help="random seed")
     add = parser.add_argument_group("run").add_argument
     add("--evaluate", action="store_true",
         help="evaluate --resume, or else --save, on the validation and test texts and exit")
@@ -110,6 +91,30 @@ def make_parser() -> cli.ArgumentParser:
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     # fmt: on
     return parser
+
+
+if __name__ == "__main__":
+    check_flags(make_parser())
+
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from engine.graphs import GraphedStep, Step
+from engine.launch import build_accelerator, describe_run, keep_freed_memory
+from engine.metrics import sum_dtype
+from engine.run import Run
+from engine.seeds import seed_generators, use_deterministic_kernels
+from word_language_model.checkpoint import refuse_other_words
+from word_language_model.data import batchify, load_corpus, segment_count, segments
+from word_language_model.export import export_onnx
+from word_language_model.kernels import loss as decoded_loss
+from word_language_model.model import LanguageModel
+from word_language_model.training import dry, find_checkpoint, make_run, set_up, settle, take_best
+
+EVAL_BATCH_SIZE = 10
+RULE = 89  # characters of a line between epochs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -232,7 +237,7 @@ def annealed_rate(run: Run, args: argparse.Namespace) -> float:
 def training_step(
     run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace
 ) -> Step:
-    """A step as a function of its segment; with --compile a GPU replays it as a CUDA graph."""
+    """A step as a function of its segment, which a GPU replays as a CUDA graph."""
     accelerator = run.accelerator
 
     def step(

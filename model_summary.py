@@ -10,7 +10,7 @@ and 6.79 MiB of activations kept for the backward pass.
 
 from __future__ import annotations
 
-from engine.exits import run_script  # before what is slow: see there
+from engine.exits import check_flags, run_script  # before what is slow: see there
 
 # isort: split
 
@@ -18,32 +18,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torchsummary
-from torch import nn
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import ResNet
-
-from engine.checkpoints import load
 from engine.cli import ArgumentParser, pathname, positive_int
-from engine.streams import product
-from image_classification.checkpoint import restore_model
-from image_classification.model import (
-    DEFAULT,
-    STEMS,
-    ModelSpec,
-    build_model,
-    default_spec,
-    meta_tensors,
-)
-
-# What the published table calls a ResNet's modules.
-RESNET_STAGES = {"conv1": "conv", "maxpool": "pool", "avgpool": "average pool", "fc": "classifier"}
-RESNET_STAGES |= {f"layer{i}": f"block {i}" for i in range(1, 5)}
+from image_classification.settings import DEFAULT, STEMS
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def make_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     # fmt: off
@@ -55,7 +34,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--checkpoint", type=pathname, metavar="PATH", help="describe the model that it holds")
     add("--json", action="store_true", help="print one JSON object instead of the tables")
     # fmt: on
-    args = parser.parse_args(argv)
+    return parser
+
+
+if __name__ == "__main__":
+    check_flags(make_parser(), alone=True)
+
+
+import torch
+import torchsummary
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import ResNet
+
+from engine.checkpoints import load
+from engine.streams import product
+from image_classification.checkpoint import restore_model
+from image_classification.model import build_model, meta_tensors
+from image_classification.settings import ModelSpec, default_spec
+
+# What the published table calls a ResNet's modules.
+RESNET_STAGES = {"conv1": "conv", "maxpool": "pool", "avgpool": "average pool", "fc": "classifier"}
+RESNET_STAGES |= {f"layer{i}": f"block {i}" for i in range(1, 5)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse(argv)
 
     if args.checkpoint:
         if args.num_classes:

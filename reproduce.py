@@ -12,7 +12,14 @@ A command that fails is named with its log, and the rest of the report still app
 
 from __future__ import annotations
 
-from engine.exits import EXIT_STOPPED, STOP_SIGNALS, Stopped, leave, run_script
+from engine.exits import (  # before what is slow: see there
+    EXIT_STOPPED,
+    STOP_SIGNALS,
+    Stopped,
+    check_flags,
+    leave,
+    run_script,
+)
 
 # isort: split
 
@@ -34,6 +41,40 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from engine.cli import ArgumentParser, UserError, nonempty, pathname, positive_int
+
+
+def words_of_a_shell(text: str) -> str:
+    try:
+        shlex.split(text)
+    except ValueError as error:  # a quotation mark that is not closed
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    return text
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    # fmt: off
+    add("--data", type=nonempty, default="sample", metavar="DIR", help="images for resnet_main.py")
+    add("--text", type=nonempty, default="sample", metavar="DIR", help="corpus for lm_main.py")
+    add("--epochs", type=positive_int, default=4, metavar="N", help="of the image classifiers")
+    add("--text-epochs", type=positive_int, default=4, metavar="N", help="of the language models")
+    add("--image-flags", type=words_of_a_shell,
+        default="--stem stock -b 32 --lr 0.02 --lr-schedule cosine --seed 1",
+        metavar="FLAGS", help="more flags of resnet_main.py")
+    add("--text-flags", type=words_of_a_shell, default="--seed 1111", metavar="FLAGS",
+        help="more flags of lm_main.py")
+    add("--output-dir", type=pathname, default=Path("output/report"), metavar="DIR",
+        help="for report.md, report.html and all that the commands write")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    check_flags(make_parser(), alone=True)
+
+
 import markdown
 import torch
 from matplotlib.figure import Figure
@@ -42,7 +83,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diff_eval import CSV as IMAGE_TABLE
 from diff_eval import LABEL, SHEET, THUMBNAIL
-from engine.cli import ArgumentParser, UserError, nonempty, pathname, positive_int
 from engine.files import check_writable, writing
 from engine.launch import emulates_bf16
 from lm_context import CSV as CONTEXT_TABLE
@@ -70,33 +110,6 @@ p:has(img) { max-height: 48em; overflow: auto }
 """
 
 Curve = dict[int, float]  # by epoch
-
-
-def words_of_a_shell(text: str) -> str:
-    try:
-        shlex.split(text)
-    except ValueError as error:  # a quotation mark that is not closed
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
-    return text
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(__doc__)
-    add = parser.add_argument
-    # fmt: off
-    add("--data", type=nonempty, default="sample", metavar="DIR", help="images for resnet_main.py")
-    add("--text", type=nonempty, default="sample", metavar="DIR", help="corpus for lm_main.py")
-    add("--epochs", type=positive_int, default=4, metavar="N", help="of the image classifiers")
-    add("--text-epochs", type=positive_int, default=4, metavar="N", help="of the language models")
-    add("--image-flags", type=words_of_a_shell,
-        default="--stem stock -b 32 --lr 0.02 --lr-schedule cosine --seed 1",
-        metavar="FLAGS", help="more flags of resnet_main.py")
-    add("--text-flags", type=words_of_a_shell, default="--seed 1111", metavar="FLAGS",
-        help="more flags of lm_main.py")
-    add("--output-dir", type=pathname, default=Path("output/report"), metavar="DIR",
-        help="for report.md, report.html and all that the commands write")
-    # fmt: on
-    return parser.parse_args(argv)
 
 
 class Reproduction:
@@ -533,7 +546,7 @@ def context_findings(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = make_parser().parse(argv)
     report = Reproduction(args)
 
     def stop(signum: int, frame: FrameType | None) -> None:

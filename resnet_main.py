@@ -14,7 +14,7 @@ images/s: Acc@1 44.4, Acc@5 79.0 (README.md, "Results", has the command).
 
 from __future__ import annotations
 
-from engine.exits import run_script  # before what is slow: see there
+from engine.exits import check_flags, run_script  # before what is slow: see there
 
 # isort: split
 
@@ -24,23 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 from engine import cli
-from engine.checkpoints import Checkpoint, load
-from engine.graphs import GraphedStep, Step
-from engine.launch import build_accelerator, describe_run, keep_freed_memory
-from engine.metrics import Sums
-from engine.run import Run
-from engine.seeds import seed_generators, use_deterministic_kernels
-from image_classification.cache import BadImageError, refuse_bad_images
-from image_classification.data import ImageData, ImageLoader
-from image_classification.metrics import Progress, Statistics, batch_sums
-from image_classification.model import DEFAULT, STEMS, check_architecture
-from image_classification.sources import TINY_IMAGENET
-from image_classification.training import SETTINGS, find_data, make_run, set_up, settle
+from image_classification.settings import DEFAULT, SETTINGS, STEMS, TINY_IMAGENET
 
 
 def launchers_business(_: str) -> NoReturn:
@@ -77,7 +62,8 @@ def make_parser() -> cli.ArgumentParser:
         help="start from torchvision's ImageNet weights; with its stem unless --stem is given")
     add("--sync-bn", action=argparse.BooleanOptionalAction, default=False,
         help="batch statistics over all GPUs (default: no)")
-    add("--compile", action="store_true", help="torch.compile the model")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile the model, on one GPU with CUDA graphs (default: no)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=cli.positive_int, default=90, metavar="N", help="total epochs to run")
     add("--start-epoch", type=cli.non_negative_int, default=0, metavar="N",
@@ -100,7 +86,8 @@ def make_parser() -> cli.ArgumentParser:
         help="parameter of its Beta distribution; 0: none")
     add("--mixup", type=cli.non_negative_float, default=0.0, metavar="ALPHA",
         help="0: none; with --cutmix as well, each batch gets one of the two")
-    add("--seed", type=cli.non_negative_int, help="makes a run repeatable; else drawn and printed")
+    add("--seed", type=cli.non_negative_int, metavar="N",
+        help="makes a run repeatable; else drawn and printed")
     add = parser.add_argument_group("run").add_argument
     add("-e", "--evaluate", action="store_true", help="evaluate on the validation set and exit")
     add("--resume", type=cli.pathname, metavar="PATH",
@@ -121,6 +108,27 @@ def make_parser() -> cli.ArgumentParser:
                             help=argparse.SUPPRESS)
     # fmt: on
     return parser
+
+
+if __name__ == "__main__":
+    check_flags(make_parser())
+
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.checkpoints import Checkpoint, load
+from engine.graphs import GraphedStep, Step
+from engine.launch import build_accelerator, describe_run, keep_freed_memory
+from engine.metrics import Sums
+from engine.run import Run
+from engine.seeds import seed_generators, use_deterministic_kernels
+from image_classification.cache import BadImageError, refuse_bad_images
+from image_classification.data import ImageData, ImageLoader
+from image_classification.metrics import Progress, Statistics, batch_sums
+from image_classification.model import check_architecture
+from image_classification.training import find_data, make_run, set_up, settle
 
 
 def main(argv: Sequence[str] | None = None) -> None:

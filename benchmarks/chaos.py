@@ -33,8 +33,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 KIT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(KIT))
 
-from engine import checkpoints  # noqa: E402
-from engine.cli import UserError  # noqa: E402
+from engine import checkpoints
+from engine.cli import UserError
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, *STOPPING)

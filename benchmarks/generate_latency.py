@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lm_generate
 from engine.cli import ArgumentParser, UserError, positive_int
 from engine.exits import run_script
-from word_language_model.model import ModelSpec, build_model, check_spec
+from word_language_model.model import build_model
+from word_language_model.settings import ModelSpec, check_spec
 
 SAMPLES = 10  # of the reference's words, on the way to each length but the first
 
@@ -37,7 +38,7 @@ def spec_of(model: str, sizes: dict[str, int]) -> ModelSpec:
 def kit(model: str, sizes: dict[str, int], lengths: list[int]) -> Round:
     """Milliseconds a word of one text, when it has come to each of the `lengths`."""
     network = build_model(spec_of(model, sizes), dropout=0.0).eval().to(rounds.device())
-    args = lm_generate.parse_arguments(["--words", str(max(lengths))])
+    args = lm_generate.make_parser().parse(["--words", str(max(lengths))])
 
     def measured() -> list[float]:
         figures = []

@@ -29,7 +29,7 @@ from engine.cli import ArgumentParser, positive_int
 from engine.exits import run_script
 from engine.launch import build_accelerator, emulates_bf16, keep_freed_memory
 from engine.seeds import use_deterministic_kernels
-from word_language_model.model import ModelSpec, check_spec
+from word_language_model.settings import ModelSpec, check_spec
 from word_language_model.training import make_run, set_up, settle
 
 WORK = ("training", "validation")
@@ -88,7 +88,7 @@ def main() -> None:
     add("--batch-size", type=positive_int, default=20, help="columns of text")
     add("--bptt", type=positive_int, default=35, help="words of a column in a step")
     add("--steps", type=positive_int, default=20, help="of a round")
-    add("--compile", action="store_true", help="measure the kit with --compile as well")
+    add("--compile", action="store_true", help="on a CPU, measure the kit with --compile as well")
     # fmt: on
     rounds.add_arguments(parser, positive_int)
     rounds.add_precision(parser, bf16=not emulates_bf16(rounds.device()))

@@ -35,7 +35,8 @@ from engine.seeds import use_deterministic_kernels
 from image_classification.cache import decoded_images, small_side
 from image_classification.data import DecodedImages, ImageFiles
 from image_classification.folders import Split, find_images
-from image_classification.model import DEFAULT, STEMS, ModelSpec, build_model, has_stem
+from image_classification.model import build_model
+from image_classification.settings import DEFAULT, STEMS, ModelSpec, has_stem
 from image_classification.sources import resolve
 from image_classification.training import EVAL_BATCH_SIZE, find_data, make_run, set_up, settle
 

@@ -31,7 +31,9 @@ import resnet_throughput
 
 from engine.exits import leave
 from image_classification import model as image_model
+from image_classification import settings as image_settings
 from word_language_model import model as lm_model
+from word_language_model import settings as lm_settings
 
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 IMAGES, COLUMNS, BPTT = 64, 20, 35  # a step, of all processes
@@ -80,9 +82,9 @@ def measure(job: str, processes: int, steps: int, folder: str) -> dict[str, floa
 def gradient_bytes(job: str) -> int:
     model: torch.nn.Module
     if job == "resnet18":
-        model = image_model.build_model(image_model.ModelSpec("resnet18", "stock", 10, 64))
+        model = image_model.build_model(image_settings.ModelSpec("resnet18", "stock", 10, 64))
     else:
-        spec = lm_model.ModelSpec(job, nhead=2, tied=False, **reference_lm.SIZES)
+        spec = lm_settings.ModelSpec(job, nhead=2, tied=False, **reference_lm.SIZES)
         model = lm_model.build_model(spec, dropout=0.0)
     return sum(4 * p.numel() for p in model.parameters())
 

@@ -6,7 +6,9 @@ import argparse
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+Number = TypeVar("Number", int, float)
 
 
 class UserError(Exception):
@@ -15,9 +17,11 @@ class UserError(Exception):
 
 class _HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, argparse.SUPPRESS) or isinstance(action.default, bool):
+        default = action.default
+        if default in (None, "", argparse.SUPPRESS) or isinstance(default, bool):
             return action.help
-        return f"{action.help} (default: %(default)s)"
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+        return f"{action.help} (default: {shown})"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -102,15 +106,24 @@ def filename(text: str) -> Path:
     return Path(text)
 
 
+def number(kind: type[Number], text: str) -> Number:
+    try:
+        return kind(text)
+    except ValueError as error:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}") from error
+
+
 def positive_int(text: str) -> int:
-    return _at_least(1, int(text))
+    return _at_least(1, text)
 
 
 def non_negative_int(text: str) -> int:
-    return _at_least(0, int(text))
+    return _at_least(0, text)
 
 
-def _at_least(least: int, value: int) -> int:
+def _at_least(least: int, text: str) -> int:
+    value = number(int, text)
     if value < least:
         raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
     if value >= 2**63:
@@ -119,14 +132,14 @@ def _at_least(least: int, value: int) -> int:
 
 
 def non_negative_float(text: str) -> float:
-    value = float(text)
+    value = number(float, text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number from 0 on, not {text}")
     return value
 
 
 def fraction(text: str) -> float:
-    value = float(text)
+    value = number(float, text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to below 1, not {text}")
     return value

@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from engine.cli import UserError
+from engine.cli import ArgumentParser, UserError
 from engine.streams import fall_back_to_stderr, make_unfailing
 
 EXIT_USER_ERROR = 2
@@ -46,6 +46,7 @@ class Stopped(BaseException):
 
 
 def _leave_while_loading(signum: int, frame: FrameType | None) -> None:
+    os.write(2, b"=> interrupted\n")
     os._exit(128 + signum)
 
 
@@ -72,6 +73,21 @@ if _runs_a_command():
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.sep)
 
 
+def check_flags(parser: ArgumentParser, *, alone: bool = False) -> None:
+    """Answer `--help` and refuse mistaken flags, before the seconds that importing torch takes.
+
+    Args:
+        alone: as for `run_script`. Of several processes one gives help in any case.
+    """
+    make_unfailing()
+    if rank() > 0 and (alone or {"-h", "--help"} & {*sys.argv[1:]}):
+        leave(0)
+    try:
+        parser.parse(None)
+    except UserError as error:
+        _refuse(str(error))
+
+
 def run_script(main: Callable[[], None], *, alone: bool = False) -> NoReturn:
     """Run `main` and leave the process; a `UserError` ends in one line and exit code 2.
 
@@ -82,8 +98,6 @@ def run_script(main: Callable[[], None], *, alone: bool = False) -> NoReturn:
     Before the processes of a run have joined, all of them usually meet the same mistake, and the
     first to leave makes the launcher end the others: so each waits its turn to speak.
     """
-    import torch.distributed as dist
-
     if signal.getsignal(signal.SIGINT) is _leave_while_loading:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     make_unfailing()
@@ -97,14 +111,7 @@ def run_script(main: Callable[[], None], *, alone: bool = False) -> NoReturn:
         from engine.network import failure
 
         if mistake := _mistake(error):
-            if not dist.is_initialized():
-                # Another process may have failed first: unblock the launcher's SIGTERM, so that it
-                # ends this one before it repeats the message.
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                unblock_signals()
-                time.sleep(min(10 * rank(), 30))
-            _report(mistake)
-            leave(EXIT_USER_ERROR)
+            _refuse(mistake)
         if lost := _lost_worker(error) or failure(error):
             _report(lost)
             leave(1)
@@ -116,19 +123,30 @@ def run_script(main: Callable[[], None], *, alone: bool = False) -> NoReturn:
             print(f"=> {stopped}, exit code {EXIT_STOPPED}: --resume auto goes on")
         leave(EXIT_STOPPED)
     except KeyboardInterrupt:
+        if rank() == 0:
+            print("=> interrupted: no file is left unfinished", file=sys.stderr)
         leave(130)
+
+
+def _refuse(mistake: str) -> NoReturn:
+    if _store() is None:
+        # Another process may have failed first: unblock the launcher's SIGTERM, so that it ends
+        # this one before it repeats the message.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        unblock_signals()
+        time.sleep(min(10 * rank(), 30))
+    _report(mistake)
+    leave(EXIT_USER_ERROR)
 
 
 def _mistake(error: Exception) -> str | None:
     """The line for what the user can mend: the input, or the machine; None for any other error."""
-    import torch
-
     text = str(error)
     if "No usable temporary directory" in text:  # of Python's tempfile
         return "no temporary folder can be written: TMPDIR=/a/folder names one"
     if isinstance(error, UserError):
         return text
-    if isinstance(error, torch.OutOfMemoryError):
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
         return "the GPU's memory is full: use a smaller --batch-size"
     short = re.search(r"shared memory(\(shm\)| object) .*: (.+)|(Bus error)\.", text)
     if isinstance(error, RuntimeError) and short:
@@ -167,17 +185,20 @@ def rank() -> int:
     return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
 
 
+def _store() -> Any:
+    """What the processes of a run share, once they have joined."""
+    dist = sys.modules.get("torch.distributed")
+    return dist.distributed_c10d._get_default_store() if dist and dist.is_initialized() else None
+
+
 def _report(message: str) -> None:
     """Print the line of an error, unless another process of the run has printed its own."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            if store.add("ended", 1) > 1:
-                return
-        except RuntimeError:  # the store has gone with the process or the launcher that kept it
-            pass
+    try:
+        store = _store()
+        if store is not None and store.add("ended", 1) > 1:
+            return
+    except RuntimeError:  # the store has gone with the process or the launcher that kept it
+        pass
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
+from engine.cli import UserError
+
 Step = Callable[..., tuple[torch.Tensor, ...]]
 
 # Eager calls for each shape of the inputs before its capture. During them cuDNN chooses its
@@ -15,13 +17,14 @@ Step = Callable[..., tuple[torch.Tensor, ...]]
 WARM_UP = 3
 
 
-def uses_graphs(accelerator: Accelerator, compiled: bool) -> bool:
-    """Whether --compile means CUDA graphs: for one process on a GPU.
+def can_use_graphs(accelerator: Accelerator) -> bool:
+    """Whether a training step can be a CUDA graph: that of one process on a GPU.
 
     DistributedDataParallel's reducer is not captured, nor is fp16's loss scale, which skips steps.
     """
-    alone_on_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-    return compiled and alone_on_gpu and accelerator.mixed_precision != "fp16"
+    scales_loss = accelerator.mixed_precision == "fp16"
+    alone = accelerator.num_processes == 1
+    return accelerator.device.type == "cuda" and alone and not scales_loss
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -47,6 +50,9 @@ class GraphedStep:
 
     Args:
         step: takes tensors on the GPU and numbers, returns tensors, and never waits for the GPU.
+
+    Raises:
+        UserError: when called for the first time with a step that a graph cannot hold.
     """
 
     def __init__(self, step: Step) -> None:
@@ -69,11 +75,19 @@ class GraphedStep:
         if key not in self.captured:
             own = tuple(tensor.clone() for tensor in inputs)
             graph = torch.cuda.CUDAGraph()
-            # Only this thread is captured: another may be writing a checkpoint.
-            with torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-            ):
-                outputs = self.step(*own, **numbers)
+            try:
+                # Only this thread is captured: another may be writing a checkpoint.
+                with torch.cuda.graph(
+                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                ):
+                    outputs = self.step(*own, **numbers)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(
+                    f"this step cannot become a CUDA graph ({reason}): --no-compile goes without"
+                ) from error
             self.captured[key] = _Captured(graph, own, outputs)
         captured = self.captured[key]
         for own_input, given in zip(captured.inputs, inputs, strict=True):

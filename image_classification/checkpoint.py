@@ -9,15 +9,8 @@ from typing import Any
 from torch import nn
 
 from engine.checkpoints import Checkpoint
-from image_classification.model import (
-    ARCHITECTURES,
-    DEFAULT,
-    STEMS,
-    ModelSpec,
-    build_model,
-    check_architecture,
-    has_stem,
-)
+from image_classification.model import ARCHITECTURES, build_model, check_architecture
+from image_classification.settings import DEFAULT, STEMS, ModelSpec, has_stem
 
 LARGEST_SIZE = 4096  # pixels a side, of an image size that is not asked for by a flag
 

@@ -27,7 +27,7 @@ from engine.seeds import derive_seed, seed_generators
 from image_classification.augment import Crops, draw_crops, normalise, resize, resized_crop
 from image_classification.cache import decoded_images, open_image, small_side
 from image_classification.folders import Split, find_images
-from image_classification.model import DEFAULT
+from image_classification.settings import DEFAULT
 from image_classification.sources import resolve
 
 ORIGINAL_SIZE = 224  # pixels a side, at which the original and torchvision train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -77,6 +78,10 @@ class Progress:
         self.batch_size, self.start, self.show_data = batch_size, start, show_data
         self.time = self.time_sum = self.data = self.data_sum = 0.0  # seconds
         self.count = 0
+        # The steps under way on a GPU, of which there are at most two. Otherwise the time that a
+        # full queue keeps the loop waiting would be counted as "Data".
+        self.on_gpu = accelerator.device.type == "cuda"
+        self.under_way: collections.deque[torch.cuda.Event] = collections.deque()
 
     def steps(self, batches: Iterable[T]) -> Iterator[tuple[int, T]]:
         """Yield (step, batch), counting from `start`."""
@@ -96,6 +101,11 @@ class Progress:
 
     def tick(self, step: int) -> bool:
         """Count the time of `step`, now done; True when its line is due."""
+        if self.on_gpu:
+            self.under_way.append(torch.cuda.Event(blocking=True))
+            self.under_way[-1].record()
+            if len(self.under_way) > 2:
+                self.under_way.popleft().synchronize()
         now = time.perf_counter()
         self.time = now - self.end
         self.time_sum += self.time

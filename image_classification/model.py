@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
@@ -14,31 +14,9 @@ from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from engine.cli import UserError
+from image_classification.settings import ModelSpec
 
 ARCHITECTURES = sorted(models.list_models(module=models))
-STEMS = ("stride1", "stock", "cifar")
-
-
-class ModelSpec(NamedTuple):
-    """All that is needed, beside a state dict, to rebuild a model."""
-
-    arch: str
-    stem: str | None  # None where the architecture is not a ResNet
-    num_classes: int
-    image_size: int  # pixels a side
-
-
-DEFAULT = ModelSpec("resnet18", "stride1", num_classes=200, image_size=64)  # for Tiny-ImageNet
-
-
-def has_stem(arch: str) -> bool:
-    """Whether `arch` is a ResNet, to which --stem applies."""
-    return "resne" in arch  # resnet18, wide_resnet50_2, resnext50_32x4d
-
-
-def default_spec(arch: str) -> ModelSpec:
-    """The defaults for another architecture."""
-    return DEFAULT._replace(arch=arch, stem=DEFAULT.stem if has_stem(arch) else None)
 
 
 def check_architecture(arch: str) -> None:

@@ -13,8 +13,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from engine import files
 from engine.cli import UserError
+from image_classification.settings import TINY_IMAGENET
 
-TINY_IMAGENET = Path("data/tiny-imagenet-200")
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_SIZE = 248_100_043
 TINY_IMAGENET_DIGEST = "md5:90528d7ca1a48142e341f4ef8d21d0de"

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from engine.checkpoints import Checkpoint, load
 from engine.cli import ArgumentParser, UserError
-from engine.graphs import make_capturable, uses_graphs
+from engine.graphs import can_use_graphs, make_capturable
 from engine.launch import check_compiler
 from engine.run import Run
 from engine.seeds import agree_on_seed
@@ -32,15 +32,8 @@ from image_classification.data import (
     load_dataset,
     move_to_gpu,
 )
-from image_classification.model import ARCHITECTURES, DEFAULT, ModelSpec, build_model, has_stem
-
-# What a resumed run takes from its checkpoint unless a flag says otherwise; the weights decide
-# MODEL_SETTINGS.
-MODEL_SETTINGS = ("arch", "stem")
-SETTINGS = (
-    *(*MODEL_SETTINGS, "image_size", "epochs", "batch_size", "lr", "momentum", "weight_decay"),
-    *("lr_schedule", "warmup_epochs", "label_smoothing", "cutmix", "mixup", "sync_bn", "seed"),
-)
+from image_classification.model import ARCHITECTURES, build_model
+from image_classification.settings import DEFAULT, MODEL_SETTINGS, SETTINGS, ModelSpec, has_stem
 
 # A validation batch is never larger, and never depends on the number of processes, so that
 # neither do the bits of its result.
@@ -184,7 +177,7 @@ def set_up(
         run.values["best_acc1"] = -1.0 if best is None else best
         for group in optimizer.param_groups:
             group.update(momentum=args.momentum, weight_decay=args.weight_decay)
-    run.graphed = uses_graphs(accelerator, args.compile)
+    run.graphed = args.compile and can_use_graphs(accelerator)
     if run.graphed:
         make_capturable(optimizer, accelerator.device)
     return *run.prepare(model, optimizer), train_loader, val_loader

@@ -37,7 +37,7 @@ from engine.run import Run
 from image_classification import data, training
 from image_classification.data import ImageLoader, load_dataset
 from image_classification.metrics import Statistics
-from image_classification.model import ModelSpec
+from image_classification.settings import ModelSpec
 from image_classification.training import make_run, settle
 
 

@@ -11,11 +11,12 @@ from kit import error_line, run
 from torchvision import models
 
 from image_classification import model as image_model
-from image_classification.model import ModelSpec
+from image_classification.settings import ModelSpec
 from word_language_model import model as lm_model
+from word_language_model import settings as lm_settings
 
 DOT = pytest.mark.skipif(not shutil.which("dot"), reason="needs Graphviz's dot")
-SMALL = lm_model.ModelSpec("GRU", words=9, emsize=4, nhid=4, nlayers=1, nhead=2, tied=False)
+SMALL = lm_settings.ModelSpec("GRU", words=9, emsize=4, nhid=4, nlayers=1, nhead=2, tied=False)
 
 
 @DOT

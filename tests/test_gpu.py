@@ -21,7 +21,8 @@ from engine.launch import build_accelerator
 from image_classification import training
 from image_classification.data import DecodedImages, ImageLoader
 from word_language_model.data import segments
-from word_language_model.model import MODELS, ModelSpec, build_model
+from word_language_model.model import build_model
+from word_language_model.settings import MODELS, ModelSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,9 +87,9 @@ def test_a_killed_resnet_ends_with_the_bits_of_an_undisturbed_one(
 def test_a_killed_language_model_ends_with_the_bits_of_an_undisturbed_one(
     model: str, tmp_path: Path
 ) -> None:
-    """With CUDA graphs; the hidden state and the generators' seeds lie in their inputs."""
+    """With CUDA graphs, which need no flag; what a step depends on lies in their inputs."""
     make_corpus(tmp_path / "set", train=16_000)
-    flags: list[object] = ["lm_main.py", *TEXT, "--model", model, "--epochs", 2, "--compile"]
+    flags: list[object] = ["lm_main.py", *TEXT, "--model", model, "--epochs", 2]
     flags += ["--checkpoint-every", 20, "--resume", "auto"]
     kill_and_resume(
         flags,
@@ -137,7 +138,7 @@ def test_images_on_the_gpu_are_those_in_memory(train: bool) -> None:
         assert torch.equal(one.targets, other.targets)
 
 
-@pytest.mark.parametrize("model", ["LSTM", "Transformer", "CNN"])
+@pytest.mark.parametrize("model", MODELS)
 def test_a_graph_replays_what_a_step_computes(model: str) -> None:
     """To the bit, with dropout, a hidden state, and a shorter segment at the end."""
     spec = ModelSpec(model, words=50, emsize=16, nhid=16, nlayers=2, nhead=2, tied=False)

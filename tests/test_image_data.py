@@ -24,6 +24,7 @@ from image_classification import sources as image_sources
 from image_classification.cache import BadImageError, refuse_bad_images, small_side
 from image_classification.data import ImageLoader
 from image_classification.folders import find_images
+from image_classification.settings import TINY_IMAGENET
 
 
 def load(root: Path, size: int = 32) -> image_data.ImageData:
@@ -364,7 +365,7 @@ def test_tiny_imagenet_is_downloaded_verified_and_unpacked(
         shutil.copy(archive, path)
 
     monkeypatch.setattr(files, "download", fetch)
-    default = str(image_sources.TINY_IMAGENET)
+    default = str(TINY_IMAGENET)
     root = image_sources.resolve(default, download=True)
     assert len(find_images(root).train.paths) == 24
     assert calls == ["http://cs231n.stanford.edu/tiny-imagenet-200.zip"]

@@ -15,7 +15,7 @@ from engine.checkpoints import Checkpoint
 from engine.cli import UserError
 from image_classification import checkpoint as image_checkpoint
 from image_classification import model as image_model
-from image_classification.model import ModelSpec
+from image_classification.settings import ModelSpec, has_stem
 
 FAMILIES = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5"]
 FAMILIES += ["mobilenet_v3_small", "regnet_x_400mf", "resnext50_32x4d", "shufflenet_v2_x0_5"]
@@ -28,7 +28,7 @@ def spec(arch: str = "resnet18", stem: str | None = None, classes: int = 7) -> M
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_every_family_gets_a_head_for_the_dataset(arch: str) -> None:
-    model = image_model.build_model(spec(arch, "stride1" if image_model.has_stem(arch) else None))
+    model = image_model.build_model(spec(arch, "stride1" if has_stem(arch) else None))
     with torch.no_grad():
         assert model.train()(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
     bare = Checkpoint(content={"state_dict": model.state_dict()})

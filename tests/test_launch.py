@@ -274,7 +274,7 @@ for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
 ctypes.CDLL = no_program
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_path(sys.argv[0], run_name="imported" if "--import" in sys.argv else "__main__")
 """
 
 
@@ -297,7 +297,30 @@ def test_what_only_posix_has_is_done_without(tmp_path: Path) -> None:
     scripts = [path.name for path in KIT.glob("*.py")]
     assert len(scripts) >= 7
     for script in scripts:
-        assert there(script, "--help").code == 0
+        assert there(script, "--import") == Result(0, "", "")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in KIT.glob("*.py")))
+def test_help_and_mistaken_flags_do_not_wait_for_torch(script: str, tmp_path: Path) -> None:
+    for slow in ("torch", "torchvision", "accelerate", "numpy"):
+        (tmp_path / f"{slow}.py").write_text("raise SystemExit('imported')")
+
+    def answer(flag: str, **env: str) -> tuple[int, str, str]:
+        command = [sys.executable, str(KIT / script), flag]
+        env = {**os.environ, "PYTHONPATH": str(tmp_path), **env}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, err = answer("--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: {script} ")
+    assert "examples:" in out
+    assert answer("--help", RANK="3") == (0, "", "")
+    code, out, err = answer("--no-such-flag")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"{script}: error: ")
+    assert err.endswith(f"(see {script} --help)\n")
+    assert err.count("\n") == 1
 
 
 def test_gloo_takes_the_interface_that_nccl_would(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,8 @@ from engine.cli import UserError
 from engine.launch import build_accelerator
 from lm_context import Context, measure, predict
 from word_language_model.data import load_corpus
-from word_language_model.model import (
-    ConvolutionalModel,
-    LanguageModel,
-    ModelSpec,
-    RecurrentModel,
-    build_model,
-)
+from word_language_model.model import ConvolutionalModel, LanguageModel, RecurrentModel, build_model
+from word_language_model.settings import ModelSpec
 
 WORDS, BACK = 11, 4
 SPEC = ModelSpec("CNN", WORDS, 8, 8, nlayers=2, nhead=2, tied=False)

@@ -11,6 +11,7 @@ from kit import REAL_DATA, make_corpus
 from engine import files
 from engine.cli import UserError
 from word_language_model import data as lm_data
+from word_language_model.settings import WIKITEXT
 
 REAL = REAL_DATA / "wikitext-2-small"
 
@@ -83,9 +84,9 @@ def test_the_default_corpus_is_fetched_file_by_file_and_verified(
         shutil.copyfile(made / path.name, path)
 
     monkeypatch.setattr(files, "download", fetch)
-    lm_data.WIKITEXT.mkdir(parents=True)
-    shutil.copyfile(made / "valid.txt", lm_data.WIKITEXT / "valid.txt")
-    corpus = lm_data.load_corpus(str(lm_data.WIKITEXT))
+    WIKITEXT.mkdir(parents=True)
+    shutil.copyfile(made / "valid.txt", WIKITEXT / "valid.txt")
+    corpus = lm_data.load_corpus(str(WIKITEXT))
     assert torch.equal(corpus.train, lm_data.load_corpus(str(made)).train)
     folder = ["main", "word_language_model", "data", "wikitext-2"]
     assert calls == [

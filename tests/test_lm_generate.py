@@ -13,6 +13,7 @@ import lm_generate
 from lm_generate import Reader
 from word_language_model import checkpoint as lm_checkpoint
 from word_language_model import model as lm_model
+from word_language_model.settings import MODELS, RECURRENT
 
 WORDS, BPTT = 40, 5
 
@@ -23,7 +24,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     make_corpus(folder / "set")
     size = ("--emsize", 8, "--nhid", 8, "--batch_size", 4, "--bptt", BPTT)
-    for model in lm_model.MODELS:
+    for model in MODELS:
         flags = ("--model", model, "--data", "set", *size, "--lr", 1, "--epochs", 1)
         assert run("lm_main.py", *flags, "--save", f"{model}.pt", cwd=folder).code == 0
     return folder
@@ -74,7 +75,7 @@ def test_a_long_text(models: Path) -> None:
     assert text.count("\n") == 300
 
 
-@pytest.mark.parametrize("model", lm_model.MODELS)
+@pytest.mark.parametrize("model", MODELS)
 def test_reading_word_by_word_equals_one_pass_over_the_context(models: Path, model: str) -> None:
     """The context of an RNN is all that it read, the others' the last `BPTT` words."""
     path = models / f"{model}.pt"
@@ -83,7 +84,7 @@ def test_reading_word_by_word_equals_one_pass_over_the_context(models: Path, mod
     text = torch.randint(WORDS, (4 * BPTT,)).tolist()
     for length in range(1, len(text) + 1):
         logits = reader.read(text[length - 1 : length])
-        context = text[:length] if model in lm_model.RECURRENT else text[:length][-BPTT:]
+        context = text[:length] if model in RECURRENT else text[:length][-BPTT:]
         with torch.no_grad():
             features, _ = built.features(torch.tensor(context)[:, None], built.initial_hidden(1))
             expected = built.decoder(features)[-1, 0]
@@ -130,7 +131,7 @@ def test_words_are_drawn_as_often_as_they_are_likely() -> None:
 
     count = 20_000
     for temperature, expected in ((1.0, [0.4, 0.1, 0.5]), (0.5, [0.16, 0.01, 0.25])):
-        args = lm_generate.parse_arguments(
+        args = lm_generate.make_parser().parse(
             ["--words", str(count), "--temperature", str(temperature)]
         )
         generator = torch.Generator().manual_seed(0)

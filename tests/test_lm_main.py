@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from word_language_model import checkpoint as lm_checkpoint
 from word_language_model import data as lm_data
 from word_language_model import model as lm_model
+from word_language_model.settings import MODELS, ModelSpec
 
 TINY = ("--emsize", 8, "--nhid", 8, "--batch_size", 4, "--bptt", 5)
 NO_DROPOUT = ("--dropout", 0, "--layer-dropout", 0)
@@ -121,7 +122,7 @@ def follow_the_original(
     scaled to a norm of 0.25, p -= lr * gradient, evaluation in 10 columns weighted by the rows
     of a segment, a quarter of the rate after an epoch that is not the best so far.
     """
-    spec = lm_model.ModelSpec(model, len(corpus.vocabulary), 8, 8, 2, 2, False)
+    spec = ModelSpec(model, len(corpus.vocabulary), 8, 8, 2, 2, False)
     torch.manual_seed(1111)
     built = lm_model.build_model(spec, dropout=0.0)
 
@@ -160,7 +161,7 @@ def follow_the_original(
     return dict(built.state_dict()), losses, anneals
 
 
-@pytest.mark.parametrize("model", lm_model.MODELS)
+@pytest.mark.parametrize("model", MODELS)
 def test_a_run_without_dropout_follows_the_originals_rules(model: str, tmp_path: Path) -> None:
     make_corpus(tmp_path / "set")
     corpus = lm_data.load_corpus(str(tmp_path / "set"))

@@ -12,7 +12,8 @@ from torch import nn
 from engine.cli import UserError
 from word_language_model import model as lm_model
 from word_language_model.export import export_onnx
-from word_language_model.model import MODELS, RECURRENT, ModelSpec, build_model
+from word_language_model.model import build_model
+from word_language_model.settings import MODELS, RECURRENT, ModelSpec, check_spec
 
 WORDS, EMSIZE, NHID, NLAYERS, NHEAD = 50, 12, 16, 2, 2
 
@@ -191,9 +192,9 @@ def test_sizes_that_do_not_go_together_are_refused() -> None:
         (spec("CNN")._replace(tied=True), "--tied needs --nhid equal to --emsize"),
     ):
         with pytest.raises(UserError, match=message):
-            lm_model.check_spec(wrong, 35)
+            check_spec(wrong, 35)
     with pytest.raises(UserError, match="--bptt 5001: the Transformer has 5000 positions"):
-        lm_model.check_spec(base, 5001)
+        check_spec(base, 5001)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -8,7 +8,7 @@ import torch
 from kit import error_line, run
 
 from image_classification import model as image_model
-from image_classification.model import ModelSpec
+from image_classification.settings import STEMS, ModelSpec
 
 PUBLISHED = """\
   conv            3×64×64 → 64×64×64
@@ -32,7 +32,7 @@ def test_the_default_is_the_published_table_below_torchsummarys(tmp_path: Path) 
     assert "Multiply-adds an image: 592,285,696\n" in result.out  # 4 × 148 M of stride 2
 
 
-@pytest.mark.parametrize("stem", image_model.STEMS)
+@pytest.mark.parametrize("stem", STEMS)
 def test_every_stems_sizes_are_those_of_hooks_on_the_model(stem: str, tmp_path: Path) -> None:
     model = image_model.build_model(ModelSpec("resnet18", stem, 20, 64))
     sizes: list[tuple[list[int], list[int]]] = []

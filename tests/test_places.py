@@ -25,7 +25,8 @@ from engine.cli import UserError
 from engine.metrics import Curves
 from image_classification.training import default_folder
 from word_language_model.export import export_onnx
-from word_language_model.model import ModelSpec, build_model
+from word_language_model.model import build_model
+from word_language_model.settings import ModelSpec
 from word_language_model.training import beside, best_of
 
 TINY = ("--data", "set", "--emsize", 8, "--nhid", 8, "--batch_size", 4, "--bptt", 5, "--epochs")

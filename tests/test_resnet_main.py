@@ -331,7 +331,7 @@ def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result])
         ("set", "-b", "0"): "-b/--batch-size: must be at least 1",
         ("set", "-b", "9" * 22): "fit 64 bits",
         ("set", "--seed", "9" * 22): "fit 64 bits",
-        ("set", "-b", "x"): "invalid positive_int value: 'x'",
+        ("set", "-b", "x"): "must be a whole number, not 'x'",
         ("set", "--lr", "-1"): "must be a number from 0 on",
         ("set", "--lr", "nan"): "must be a number from 0 on",
         ("set", "--epochs", "-3"): "must be at least 1",

@@ -9,8 +9,8 @@ from kit import PROBE, error_line, make_corpus, make_dataset, run
 from test_preemption import same_bits
 
 from engine.cli import ArgumentParser, UserError, fraction, non_negative_float, positive_int
-from image_classification import training as image_training
-from word_language_model import training as lm_training
+from image_classification import settings as image_settings
+from word_language_model import settings as lm_settings
 
 # Every setting of an image classifier, none of them its default.
 IMAGES = {
@@ -90,8 +90,8 @@ def test_a_value_that_its_flag_would_not_take_is_damage(
 
 
 def test_these_are_all_settings() -> None:
-    assert IMAGES.keys() == set(image_training.SETTINGS)
-    assert WORDS.keys() == set(lm_training.SETTINGS)
+    assert IMAGES.keys() == set(image_settings.SETTINGS)
+    assert WORDS.keys() == set(lm_settings.SETTINGS)
 
 
 def test_an_image_classifiers_settings_come_back(tmp_path: Path) -> None:

@@ -10,13 +10,12 @@ import torch
 from engine import checkpoints
 from engine.checkpoints import Checkpoint
 from engine.cli import UserError
-from word_language_model.model import (
+from word_language_model.model import LanguageModel, build_model
+from word_language_model.settings import (
     DEFAULT_KERNEL_SIZE,
     DEFAULT_NHEAD,
     MODELS,
-    LanguageModel,
     ModelSpec,
-    build_model,
     check_spec,
 )
 

@@ -17,8 +17,8 @@ import torch
 from engine import files
 from engine.cli import UserError
 from engine.files import Named, writing
+from word_language_model.settings import WIKITEXT
 
-WIKITEXT = Path("data/wikitext-2")
 WIKITEXT_URL = (
     "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2"
 )

@@ -9,20 +9,15 @@ from __future__ import annotations
 import abc
 import math
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.cli import UserError
 from word_language_model.kernels import Dropout, loss
+from word_language_model.settings import MAX_POSITIONS, ModelSpec
 
-RECURRENT = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
-MODELS = (*RECURRENT, "Transformer", "CNN")
-DEFAULT_NHEAD = 2
-DEFAULT_KERNEL_SIZE = 4  # with it two layers have as many parameters as the LSTM's
-MAX_POSITIONS = 5000
 INIT_RANGE = 0.1
 
 # One layer of several is not the chunk of weights that cuDNN would like best; it is copied.
@@ -31,37 +26,6 @@ warnings.filterwarnings("ignore", message="RNN module weights are not part of si
 # What a model remembers between segments, each [nlayers, columns, nhid]: (h,) for RNNs and GRU,
 # (h, c) for LSTM, () for the Transformer and the CNN.
 Hidden = tuple[torch.Tensor, ...]
-
-
-class ModelSpec(NamedTuple):
-    """All that decides a model's weights and outputs; the fields are the flags of lm_main.py."""
-
-    model: str
-    words: int  # in the vocabulary
-    emsize: int
-    nhid: int
-    nlayers: int
-    nhead: int
-    tied: bool
-    kernel_size: int = DEFAULT_KERNEL_SIZE
-
-
-def check_spec(spec: ModelSpec, bptt: int) -> None:
-    """Raise `UserError` for sizes that do not go together."""
-    if spec.model != "Transformer":
-        if spec.tied and spec.emsize != spec.nhid:
-            raise UserError(
-                f"--tied needs --nhid equal to --emsize, not {spec.nhid} and {spec.emsize}"
-            )
-    elif spec.emsize % spec.nhead:
-        raise UserError(f"--emsize {spec.emsize} cannot be divided by --nhead {spec.nhead}")
-    elif spec.emsize % 2:
-        raise UserError(
-            f"--emsize {spec.emsize} is odd, and the Transformer's positions are pairs of sine "
-            "and cosine: use an even one"
-        )
-    elif bptt > MAX_POSITIONS:
-        raise UserError(f"--bptt {bptt}: the Transformer has {MAX_POSITIONS} positions")
 
 
 class LanguageModel(nn.Module, abc.ABC):

@@ -18,21 +18,14 @@ from torch import nn
 
 from engine.checkpoints import Checkpoint
 from engine.cli import ArgumentParser, UserError
-from engine.graphs import make_capturable, uses_graphs
+from engine.graphs import can_use_graphs, make_capturable
 from engine.launch import check_compiler
 from engine.run import Run
 from word_language_model.checkpoint import load, load_weights, read_spec
 from word_language_model.data import corpus_files, segment_count
 from word_language_model.export import check_exporter, onnx_files
-from word_language_model.model import LanguageModel, ModelSpec, build_model, check_spec
-
-# What a resumed run takes from its checkpoint unless a flag says otherwise; the weights and the
-# optimizer's state decide MODEL_SETTINGS.
-MODEL_SETTINGS = (*(f for f in ModelSpec._fields if f != "words"), "use_optimizer")
-SETTINGS = (
-    *(*MODEL_SETTINGS, "epochs", "batch_size", "bptt", "lr", "clip"),
-    *("dropout", "layer_dropout", "seed"),
-)
+from word_language_model.model import LanguageModel, build_model
+from word_language_model.settings import MODEL_SETTINGS, SETTINGS, ModelSpec, check_spec
 
 
 def make_run(accelerator: Accelerator, args: argparse.Namespace) -> Run:
@@ -167,7 +160,8 @@ def set_up(
             shutil.copytree(former_logs, run.log_dir, dirs_exist_ok=True)
         resume_values(run, checkpoint, model, columns, args.batch_size)
     # Not with AdamW, whose step count is on the CPU.
-    run.graphed = uses_graphs(accelerator, args.compile and not args.use_optimizer)
+    graphable = can_use_graphs(accelerator) and not args.use_optimizer
+    run.graphed = graphable and args.compile is not False
     if run.graphed:
         make_capturable(optimizer, accelerator.device)
     elif args.compile:
