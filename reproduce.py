@@ -25,6 +25,7 @@ from engine.exits import (  # before what is slow: see there
 
 import argparse
 import base64
+import contextlib
 import csv
 import json
 import mimetypes
@@ -80,6 +81,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 from diff_eval import CSV as IMAGE_TABLE
 from diff_eval import LABEL, SHEET, THUMBNAIL
@@ -237,7 +239,16 @@ def execute(command: list[str], log: Path) -> int:
             start_new_session=True,
         )
         try:
-            return process.wait()
+            # On a terminal: for how long it has run, and what it says.
+            with tqdm(bar_format="   {elapsed} {desc}", leave=False, disable=None) as progress:
+                while process.poll() is None:
+                    lines = log.read_text("utf-8", "replace").split("\n")
+                    progress.set_description_str(
+                        " ".join(lines[-2].split())[:90] if lines[1:] else ""
+                    )
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=1)
+            return process.returncode
         except Stopped:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()

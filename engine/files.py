@@ -115,6 +115,14 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def built_in(place: Path) -> Path:
+    """Where built-in data lies: at `place`, or in the temporary folder when that is read-only."""
+    above = next(folder for folder in place.absolute().parents if folder.exists())
+    if place.exists() or os.access(above, os.W_OK):
+        return place
+    return Path(tempfile.gettempdir(), f"reproduction-kit-{place.name}")
+
+
 def check_writable(directory: Path, flag: str, name: str = "test") -> None:
     """Make `directory` and write to it now rather than after hours of training.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 from engine import files
 from engine.cli import UserError
@@ -50,10 +51,11 @@ def resolve(name: str, download: bool) -> Path:
             full.
     """
     if name == "sample":
-        if not SAMPLE.exists():
-            print(f"=> drawing the sample dataset into {SAMPLE}", flush=True)
-            draw_sample(SAMPLE)
-        return SAMPLE
+        sample = files.built_in(SAMPLE)
+        if not sample.exists():
+            print(f"=> drawing the sample dataset into {sample}", flush=True)
+            draw_sample(sample)
+        return sample
     root = Path(name)
     if root != TINY_IMAGENET or root.exists():
         return root
@@ -89,7 +91,7 @@ def draw_sample(root: Path) -> None:
         UserError: a full disk, or a folder that is not writable.
     """
     with files.writing(root) as temporary:
-        for wnid in SAMPLE_CLASSES:
+        for wnid in tqdm(SAMPLE_CLASSES, desc="drawing", unit=" classes", disable=None):
             folder = temporary / "train" / wnid / "images"
             folder.mkdir(parents=True)
             for i in range(SAMPLE_TRAIN):

@@ -327,21 +327,63 @@ def test_names_are_refused_before_the_first_epoch_or_work(folder: Path) -> None:
     assert not killed.exists()
 
 
+# Root without the right to pass by permissions.
+ORDINARY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+
+
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv")
 def test_a_folder_that_may_not_be_searched_is_one_line(folder: Path) -> None:
     (folder / "x" / "c").mkdir(parents=True)
     (folder / "x").chmod(0)
-    user = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
     for script, *flags in (
         ("lm_main.py", "--save"),
         ("lm_main.py", "--save", "new.pt", "--resume"),
         ("lm_generate.py", "--checkpoint"),
     ):
-        command = [*user, sys.executable, str(KIT / script), *flags, "x/c/m"]
+        command = [*ORDINARY, sys.executable, str(KIT / script), *flags, "x/c/m"]
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         line = error_line(Result(result.returncode, result.stdout, result.stderr))
         assert "x/c" in line and "Permission denied" in line
     (folder / "x").chmod(0o755)
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv")
+def test_in_a_read_only_checkout_the_built_in_data_lie_in_the_temporary_folder(
+    tmp_path: Path,
+) -> None:
+    checkout, temporary, out = (
+        tmp_path / name for name in ("checkout", "temporary", "späte Läufe")
+    )
+    for folder in (checkout, temporary, out):
+        folder.mkdir()
+    checkout.chmod(0o555)
+    command = [
+        *ORDINARY,
+        sys.executable,
+        str(KIT / "lm_main.py"),
+        "--data",
+        "sample",
+        "--epochs",
+        "1",
+    ]
+    command += [
+        "--emsize",
+        "4",
+        "--nhid",
+        "4",
+        "--batch-size",
+        "400",
+        "--save",
+        str(out / "modèle.pt"),
+    ]
+    env = {**os.environ, "TMPDIR": str(temporary)}
+    result = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result
+    assert {path.name for path in (temporary / "reproduction-kit-sample-text").iterdir()} == {
+        *("train.txt", "valid.txt", "test.txt")
+    }
+    assert list(checkout.iterdir()) == []
+    assert scalars(out / "modèle.logs").keys() >= {"Loss/train", "Perplexity/val"}
 
 
 READ_ONLY = """

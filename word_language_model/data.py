@@ -45,7 +45,7 @@ class Corpus(NamedTuple):
 
 def corpus_files(name: str) -> list[Named]:
     """What may be read of the corpus that --data names."""
-    root = SAMPLE if name == "sample" else Path(name)
+    root = files.built_in(SAMPLE) if name == "sample" else Path(name)
     names = (name for part in WIKITEXT_FILES for name in (f"{part}.txt", f"wiki.{part}.tokens"))
     return [("--data", root / name) for name in names]
 
@@ -67,7 +67,7 @@ def find(name: str) -> list[Path]:
     """
     root = Path(name)
     if name == "sample":
-        root = SAMPLE
+        root = files.built_in(SAMPLE)
         if not root.exists():
             write_sample(root)
     if not root.is_dir() and root != WIKITEXT:
