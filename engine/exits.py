@@ -68,6 +68,9 @@ if _runs_a_command():
     # An exception would print where in which library it came, or be swallowed by that.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave_while_loading)
+    # Every process would print torch's warnings in C++, such as that find_unused_parameters, which
+    # keeps four CPU processes exact, costs time. Errors stay.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch asks for a folder for compiled kernels also where it compiles none.
     if not has_temporary_folder():
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.sep)

@@ -226,6 +226,7 @@ def test_four_processes_killed_and_resumed_end_with_the_bits_of_undisturbed_ones
     flags = ["set", *FAST, "--epochs", 2, "--seed", 1, "--cutmix", 1, "--mixup", 0.2]
     whole = launch("cpu4.yaml", "resnet_main.py", *flags, "--output-dir", "whole", cwd=tmp_path)
     assert whole.code == 0, whole
+    assert "find_unused_parameters" not in whole.err
     assert len(SUMMARY.findall(whole.out)) == 2
     assert whole.out.count("=> creating model") == 1
     flags += ["--output-dir", "killed", "--checkpoint-every", 3]
