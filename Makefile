@@ -36,7 +36,7 @@ demo: $(VENV)/.run
 	@echo "The best checkpoint:  $(DEMO)/model_best.pth"
 	@echo "Its training curves:  $(BIN)/tensorboard --logdir $(DEMO)/logs"
 	@echo "Next, Tiny-ImageNet:  $(BIN)/accelerate launch --config_file" \
-	  "accelerate_configs/gpu4.yaml resnet_main.py   (or gpu1.yaml, cpu.yaml; downloads 248 MB)"
+	  "accelerate_configs/cpu_bf16.yaml resnet_main.py   (or gpu1, gpu4; downloads 248 MB)"
 
 report: $(VENV)/.run
 	$(BIN)/python reproduce.py

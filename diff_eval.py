@@ -74,7 +74,8 @@ CSV, SHEET = "disagreements.csv", "contact_sheet.png"
 # All that a run writes: a folder that holds anything else is not replaced.
 OWN = re.compile(rf"\d+_(a\d+_b\d+|([ab]_)?misclassified_to_\d+)_.+|{CSV}|{SHEET}")
 
-SHEET_MOST, SHEET_COLUMNS, THUMBNAIL, LABEL = 200, 8, 120, 46  # images, images, pixels, pixels
+SHEET_MOST, SHEET_COLUMNS = 200, 8  # images
+HEAD, THUMBNAIL, LABEL = 42, 120, 46  # pixels
 
 
 class Verdict(NamedTuple):
@@ -133,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for content, arch, stem, size in zip(contents, args.arch, args.stem, sizes, strict=True):
         refuse_other_classes(content, data.classes)
         restored.append(restore_model(content, arch, stem, datasets[size].image_size))
-    chosen = choose(args.classes, data.classes)
+    names = readable_names(data)
+    chosen = choose(args.classes, data.classes, names)
     rows = [i for i, target in enumerate(data.val.targets.tolist()) if target in chosen]
     if not rows:
         raise UserError(f"{args.data}: no validation images of {' '.join(args.classes)}")
@@ -147,13 +149,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         processes = accelerator.num_processes
         refuse_bad_images(error, data.root, data.val.paths, args.workers, processes)
     if accelerator.is_main_process:
+        which = ", ".join(f"{i} {names[i]}" for i in sorted(chosen))
+        print(f"=> all {len(chosen)} classes" if "all" in args.classes else f"=> classes {which}")
         verdicts = [
             Verdict(
                 Path(data.val.paths[row]), int(data.val.targets[row]), *zip(*answers, strict=True)
             )
             for row, *answers in zip(rows, *said, strict=True)
         ]
-        report(verdicts, data, args)
+        report(verdicts, data, names, args)
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -169,28 +173,34 @@ def refuse_foreign(folder: Path) -> None:
     check_writable(folder.parent, "--output-dir", folder.name)
 
 
-def choose(names: list[str], classes: list[str]) -> set[int]:
+def choose(asked: list[str], classes: list[str], readable: list[str]) -> set[int]:
     """Indices of the classes that are asked for.
 
     Args:
-        names: a number is a position, whatever the classes are called; `=NAME` is always a name.
+        asked: a number is a position, whatever the classes are called; `=NAME` is always a name.
+        classes: their names, which are their folders'.
+        readable: what they are called in words.txt.
 
     Raises:
         UserError: no such class.
     """
     chosen: set[int] = set()
-    for name in names:
+    for name in asked:
         if name == "all":
-            chosen.update(range(len(classes)))
-        elif name.isdecimal() and int(name) < len(classes):
-            chosen.add(int(name))
-        elif not name.isdecimal() and name.removeprefix("=") in classes:
-            chosen.add(classes.index(name.removeprefix("=")))
+            found = [*range(len(classes))]
+        elif name.isdecimal():
+            found = [int(name)] if int(name) < len(classes) else []
         else:
+            wanted = name.removeprefix("=")
+            pairs = enumerate(zip(classes, readable, strict=True))
+            found = [i for i, pair in pairs if wanted in pair]
+        if not found:
+            first, last = (f"{classes[i]} ({readable[i]})" for i in (0, -1))
             raise UserError(
-                f"no class {name}: the dataset has 0 to {len(classes) - 1}, "
-                f"named {classes[0]} to {classes[-1]} (=NAME for a name that is a number)"
+                f"no class {name}: the dataset has 0 to {len(classes) - 1}, named {first} to {last}"
+                + (" (=NAME for a name that is a number)" if name.isdecimal() else "")
             )
+        chosen.update(found)
     return chosen
 
 
@@ -230,7 +240,9 @@ def predict(
     return [everyone[row] for row in rows]
 
 
-def report(verdicts: list[Verdict], data: ImageData, args: argparse.Namespace) -> None:
+def report(
+    verdicts: list[Verdict], data: ImageData, names: list[str], args: argparse.Namespace
+) -> None:
     """Write the output folder and print the figures."""
     models = "ab"[: len(args.checkpoints)]
     right = [[v.predictions[m] == v.target for v in verdicts] for m in range(len(models))]
@@ -248,7 +260,7 @@ def report(verdicts: list[Verdict], data: ImageData, args: argparse.Namespace) -
             if a != b:
                 found.append((sum(v.probabilities), f"{v.target}_a{a}_b{b}_{v.path.name}", v))
     found.sort(key=lambda entry: (-entry[0], entry[1]))
-    write([(v, name) for _, name, v in found], data, args)
+    write([(v, name) for _, name, v in found], data, names, args)
 
     n = len(verdicts)
     acc1 = [100 * sum(hits) / n for hits in right]
@@ -264,7 +276,10 @@ def report(verdicts: list[Verdict], data: ImageData, args: argparse.Namespace) -
         print(f" * a Acc@1 {acc1[0]:.3f} b Acc@1 {acc1[1]:.3f} disagree {n - agree} of {n}")
     else:
         print(f" * a Acc@1 {acc1[0]:.3f} misclassified {len(found)} of {n}")
-    print(f"=> {args.output_dir}/: {len(found)} images, {CSV}, {SHEET}")
+    wrong = [n - sum(hits) for hits in right]
+    both = args.misclassified and len(models) == 2
+    share = f" ({wrong[0]} that a gets wrong, {wrong[1]} that b does)" if both else ""
+    print(f"=> {args.output_dir}/: {len(found)} images{share}, {CSV}, {SHEET}")
 
 
 def readable_names(data: ImageData) -> list[str]:
@@ -278,13 +293,15 @@ def readable_names(data: ImageData) -> list[str]:
     return [known.get(name) or name for name in data.classes]
 
 
-def write(chosen: list[tuple[Verdict, str]], data: ImageData, args: argparse.Namespace) -> None:
+def write(
+    chosen: list[tuple[Verdict, str]], data: ImageData, names: list[str], args: argparse.Namespace
+) -> None:
     """Replace the output folder as a whole by the copies, the table and the sheet.
 
     Args:
         chosen: the images and the names of their copies, the surest models first.
+        names: of the classes, readable.
     """
-    names = readable_names(data)
     folder: Path = args.output_dir
     previous = folder.with_name(f".{folder.name}.previous")
     columns = ["file", "true_class", "wnid", "name"]
@@ -306,7 +323,8 @@ def write(chosen: list[tuple[Verdict, str]], data: ImageData, args: argparse.Nam
                     for p, sure in zip(verdict.predictions, verdict.probabilities, strict=True):
                         row += [p, names[p], f"{sure:.6f}"]
                     table.writerow(row)
-            contact_sheet(chosen, drawable_names(data, names)).save(temporary / SHEET)
+            sheet = contact_sheet(chosen, drawable_names(data, names), args.checkpoints)
+            sheet.save(temporary / SHEET)
             shutil.rmtree(previous, ignore_errors=True)
             if folder.exists():
                 folder.rename(previous)
@@ -329,19 +347,23 @@ def drawable_names(data: ImageData, names: list[str]) -> list[str]:
     ]
 
 
-def contact_sheet(chosen: list[tuple[Verdict, str]], names: list[str]) -> Image.Image:
+def contact_sheet(
+    chosen: list[tuple[Verdict, str]], names: list[str], checkpoints: list[Path]
+) -> Image.Image:
     """Thumbnails, each above its true class and the models' predictions."""
     shown = chosen[:SHEET_MOST]
     columns = max(3, min(SHEET_COLUMNS, len(shown)))
     lines = -(-len(shown) // columns)
     cell = THUMBNAIL + 8
-    sheet = Image.new("RGB", (columns * cell, 24 + lines * (cell + LABEL)), "white")
+    sheet = Image.new("RGB", (columns * cell, HEAD + lines * (cell + LABEL)), "white")
     draw = ImageDraw.Draw(sheet)
     title, small = ImageFont.load_default(14), ImageFont.load_default(11)
     more = f", the {SHEET_MOST} surest shown" if len(chosen) > SHEET_MOST else ""
     draw.text((6, 4), f"{len(chosen)} images{more}", "black", title)
+    models = (f"{model} = {path}" for model, path in zip("ab", checkpoints, strict=False))
+    draw.text((6, 23), ", ".join(models), "black", small)
     for i, (verdict, _) in enumerate(shown):
-        x, y = i % columns * cell + 4, 24 + i // columns * (cell + LABEL)
+        x, y = i % columns * cell + 4, HEAD + i // columns * (cell + LABEL)
         picture = open_image(str(verdict.path)).resize((THUMBNAIL, THUMBNAIL))
         sheet.paste(picture, (x, y))
         labels = [(f"is {names[verdict.target]}", "black")]

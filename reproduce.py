@@ -84,7 +84,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from diff_eval import CSV as IMAGE_TABLE
-from diff_eval import LABEL, SHEET, THUMBNAIL
+from diff_eval import HEAD, LABEL, SHEET, THUMBNAIL
 from engine.files import check_writable, writing
 from engine.launch import emulates_bf16
 from lm_context import CSV as CONTEXT_TABLE
@@ -428,7 +428,7 @@ def add_sheet(report: Reproduction, name: str, title: str) -> None:
     count = len((folder / IMAGE_TABLE).read_text("utf-8", "replace").splitlines()) - 1
     path = report.pictures / f"{name}.jpg"
     with Image.open(folder / SHEET) as sheet, writing(path) as temporary:
-        height = min(sheet.height, 24 + SHEET_ROWS * (THUMBNAIL + 8 + LABEL))
+        height = min(sheet.height, HEAD + SHEET_ROWS * (THUMBNAIL + 8 + LABEL))
         sheet.crop((0, 0, sheet.width, height)).save(temporary, "JPEG", quality=80)
     report.add(f"![{title}](report/{path.name})")
     report.add(f"{title}: {count}, the surest first; all of them are in `{folder}`.")

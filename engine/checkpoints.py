@@ -255,7 +255,9 @@ def load(path: Path) -> Checkpoint:
     """
     checkpoint = Checkpoint(path)
     if not path.is_file():
-        raise checkpoint.error("is a directory" if path.is_dir() else "no such file")
+        raise checkpoint.error(
+            "is a directory: name the file in it" if path.is_dir() else "no such file"
+        )
     try:
         _verify_archive(path)
         content: Any

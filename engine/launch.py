@@ -195,8 +195,11 @@ def describe_run(accelerator: Accelerator) -> str:
     several = f"{nodes} nodes, " if nodes > 1 else ""
     line = f"=> {several}{processes} process{plural} on {name}{threads}, {precision}"
     if accelerator.mixed_precision == "no" and _has_fast_bf16(device):
-        line += "\n=> bf16 would be much faster on this device: accelerate launch --config_file "
-        line += f"accelerate_configs/{'cpu_bf16' if device.type == 'cpu' else 'gpu1'}.yaml ..."
+        yaml = "cpu_bf16" if device.type == "cpu" else "gpu1"
+        how = f"--config_file accelerate_configs/{yaml}.yaml"
+        if processes > 1:
+            how = "--mixed_precision bf16"
+        line += f"\n=> bf16 would be much faster on this device: accelerate launch {how} ..."
     if accelerator.mixed_precision == "bf16" and emulates_bf16(accelerator.device):
         line += "\n=> this CPU has no instructions for bf16 and is many times slower in it than in "
         line += "float32: accelerate launch --mixed_precision no ..."

@@ -82,7 +82,8 @@ def test_the_images_the_table_and_the_csv_are_those_known(folder: Path) -> None:
     assert copies(folder / "diff") == {"0_a1_b0_2.png", "1_a1_b0_2.png"}
     original = folder / "set" / "val" / "dog" / "2.png"
     assert (folder / "diff" / "1_a1_b0_2.png").read_bytes() == original.read_bytes()
-    assert result.out.splitlines()[-8:] == [
+    assert result.out.splitlines()[-9:] == [
+        "=> classes 0 cat, 1 domestic dog",
         "a = a.pth: Acc@1 50.000 on 10 images",
         "b = b.pth: Acc@1 50.000 on 10 images",
         "agreement 80.000",
@@ -195,18 +196,20 @@ def test_bad_input_is_one_line_and_touches_nothing(folder: Path) -> None:
 
 
 def test_numbers_are_positions_and_names_are_names() -> None:
-    classes = ["1", "2", "cat", "=odd"]
+    classes, readable = ["1", "2", "cat", "=odd"], ["one", "two", "domestic cat", "two"]
     for names, expected in (
         (["0", "1"], {0, 1}),
         (["=1"], {0}),
         (["cat", "=cat"], {2}),
         (["==odd"], {3}),
+        (["domestic cat", "one"], {0, 2}),
+        (["two"], {1, 3}),
         (["all"], {0, 1, 2, 3}),
     ):
-        assert choose(names, classes) == expected
+        assert choose(names, classes, readable) == expected
     for name in ("4", "dog", "=3", "-1", "", "="):
         with pytest.raises(UserError, match="no class"):
-            choose([name], classes)
+            choose([name], classes, readable)
 
 
 def test_names_that_no_font_or_no_encoding_has(folder: Path) -> None:
