@@ -14,7 +14,7 @@ DEMO := output/demo
 # Enough for both: torch, torchvision, accelerate, tensorboard and pytest.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo report test test-cluster test-gpu benchmark-gpu lint venv clean
+.PHONY: help demo report test test-cluster test-gpu benchmark-gpu lint venv clean
 
 venv: $(VENV)/.run
 $(VENV)/.run: requirements.txt constraints.txt
@@ -25,6 +25,9 @@ $(VENV)/.run: requirements.txt constraints.txt
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: $(VENV)/.run
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml resnet_main.py sample \

@@ -151,7 +151,8 @@ def measure(
     # In training mode, although nothing is drawn: cuDNN has no gradient of an RNN otherwise.
     model.to(device).train()
     text, places = text.to(device), places.to(device)
-    lengths = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
+    marks = {2**i for i in range(most.bit_length())} | {model.receptive_field, most}
+    lengths = sorted(length for length in marks if 0 < length <= most)
     losses = torch.zeros(len(lengths), len(places), device=device)
     norms = torch.zeros(len(places), most, device=device)
     own = range(accelerator.process_index * BATCH, len(places), accelerator.num_processes * BATCH)

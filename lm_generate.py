@@ -20,6 +20,7 @@ from engine.exits import check_flags, run_script  # before what is slow: see the
 
 import argparse
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,7 +64,8 @@ def make_parser() -> ArgumentParser:
         help="words between two reports")
     # The original's end here; these are new.
     add("--prompt", default="", metavar="TEXT",
-        help="words that the text continues; else one drawn at random")
+        help="words that the text begins with, with spaces around punctuation; else it follows one "
+        "that is drawn at random")
     add("--top-k", type=positive_int, metavar="K", help="draw from the K likeliest words only")
     for flag in ("--cuda", "--accel"):
         add(flag, action="store_true", help=argparse.SUPPRESS)
@@ -184,14 +186,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     reader = Reader(model, min(max(window, 1), MAX_POSITIONS))
 
     generator = torch.Generator().manual_seed(args.seed)
-    start = encode(args.prompt, vocabulary)
-    if not start:
-        start = [int(torch.randint(len(vocabulary), (1,), generator=generator))]
+    prompt = encode(args.prompt, vocabulary)
+    start = prompt or [int(torch.randint(len(vocabulary), (1,), generator=generator))]
     with output(args.outf) as text:
-        for i, word in enumerate(generate(reader, start, generator, args)):
-            text.write(vocabulary[word] + ("\n" if i % WORDS_A_LINE == WORDS_A_LINE - 1 else " "))
-            if i % args.log_interval == 0:
-                print(f"| Generated {i}/{args.words} words", file=report)
+        words = itertools.chain(prompt, generate(reader, start, generator, args))
+        for place, word in enumerate(words, 1):
+            text.write(vocabulary[word] + (" " if place % WORDS_A_LINE else "\n"))
+            done = place - len(prompt) - 1
+            if done >= 0 and done % args.log_interval == 0:
+                print(f"| Generated {done}/{args.words} words", file=report)
 
 
 if __name__ == "__main__":

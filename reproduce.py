@@ -525,7 +525,13 @@ def context_findings(
     ]
     yield table(["loss with the last … words", *map(str, lengths), "effective context"], rows)
 
-    needs = [f"the {m} needs the last {effective[m]} of {max(losses[m])}" for m in models]
+    fields = {
+        m: int(values[m, "receptive field", 0])
+        for m in models
+        if (m, "receptive field", 0) in values
+    }
+    most = {m: fields.get(m, max(losses[m])) for m in models}
+    needs = [f"the {m} needs the last {effective[m]} of {most[m]}" for m in models]
     yield f"To come within 1 % of its loss with all words visible, {listed(needs)}."
 
     gains = {m: losses[m][1] - losses[m][max(losses[m])] for m in models}
@@ -536,10 +542,7 @@ def context_findings(
         f"for the {lowest}, at {losses[lowest][max(losses[lowest])]:.3f}."
     )
 
-    fields = [
-        int(values[m, "receptive field", 0]) for m in models if (m, "receptive field", 0) in values
-    ]
-    far = fields[0] if fields else 7
+    far = next(iter(fields.values()), 7)
     shares = {
         m: sum(
             v

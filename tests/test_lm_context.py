@@ -121,11 +121,11 @@ def test_the_figures_of_four_processes_are_those_of_one(tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
     lines, table = outputs[0]
     assert lines[0] == "Loss of 300 test words by the number of words visible before each:"
-    assert lines[1].split()[:5] == ["1", "2", "4", "5", "8"]
+    assert lines[1].split()[:6] == ["1", "2", "4", "5", "7", "8"]
     rows = [line.split(",") for line in table.splitlines()[1:]]
     seen = {name: [r[2] for r in rows if r[0] == name and r[1] == "loss"] for name, *_ in rows}
     whole, window = ["1", "2", "4", "8"], ["1", "2", "4", "5"]  # a Transformer's is its --bptt
-    assert [*seen.values()] == [whole, window, whole]
+    assert [*seen.values()] == [whole, window, ["1", "2", "4", "7", "8"]]  # its receptive field
     assert ["CNN", "receptive field", "", "7"] in rows
 
 
@@ -139,7 +139,7 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "file").write_text("a file")
     for flags, message in {
         "lstm.pt": "data/wikitext-2/train.txt is missing and cannot be downloaded",
-        "lstm.pt other.pt --data set": "other.pt: has 39 words and the corpus 40",
+        "lstm.pt other.pt --data set": "other.pt: has a vocabulary of 39 words and the corpus another, of 40",
         "none.pt --data set": "none.pt: no such file",
         "nan.pt --data set": "nan.pt: its weights give no finite loss",
         "lstm.pt --data set --max-context 900": "too few to have --max-context 900",

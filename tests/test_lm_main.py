@@ -401,7 +401,7 @@ def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result])
             "other",
             "--resume",
             "model.pt",
-        ): "has 40 words and the corpus 42, different from number 39 on: use the --data",
+        ): "has a vocabulary of 40 words and the corpus another, of 42: use the --data",
         ("--data", "set", "--resume", "model.pt", "--data", "without"): "has neither valid.txt",
         ("--tied", "--emsize", 8): "--tied needs --nhid equal to --emsize, not 200 and 8",
         ("--model", "Transformer", "--nhead", 3): "--emsize 200 cannot be divided by --nhead 3",

@@ -123,9 +123,7 @@ def restore_model(checkpoint: Checkpoint) -> tuple[LanguageModel, list[str]]:
 def refuse_other_words(checkpoint: Checkpoint, words: list[str]) -> None:
     own = read_vocabulary(checkpoint)
     if own != words:
-        pairs = zip(own, words, strict=False)
-        first = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(own), len(words)))
         raise checkpoint.error(
-            f"has {len(own)} words and the corpus {len(words)}, different from number {first} on: "
-            "use the --data that it was trained on"
+            f"has a vocabulary of {len(own)} words and the corpus another, of {len(words)}: use "
+            "the --data that it was trained on"
         )
