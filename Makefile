@@ -18,6 +18,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 venv: $(VENV)/.run
 $(VENV)/.run: requirements.txt constraints.txt
+	@echo "Installing into $(VENV): 3 GB to download, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -c constraints.txt
 	touch $@

@@ -173,6 +173,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag in ("cuda", "accel"):
         if getattr(args, flag):
             print(f"=> --{flag} changes nothing: a GPU is used where there is one", file=report)
+    if not args.checkpoint.exists():
+        raise UserError(
+            f"no checkpoint {args.checkpoint}: train one with lm_main.py, or name it: --checkpoint"
+        )
     if args.outf != "-":
         check_outputs([("--outf", Path(args.outf))], inputs=[("--checkpoint", args.checkpoint)])
 
@@ -195,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             done = place - len(prompt) - 1
             if done >= 0 and done % args.log_interval == 0:
                 print(f"| Generated {done}/{args.words} words", file=report)
+    if args.outf != "-":
+        print(f"=> {args.outf}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from engine.exits import check_flags, run_script  # before what is slow: see the
 
 import argparse
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -218,7 +219,7 @@ def fit(
             )
     accelerator.print(
         f"=> best Acc@1 {run.values['best_acc1']:.3f}: {run.best}\n"
-        f"=> curves: tensorboard --logdir {run.log_dir}"
+        f"=> curves: tensorboard --logdir {shlex.quote(str(run.log_dir))}"
     )
 
 

@@ -40,6 +40,8 @@ STOP_SIGNALS = tuple(
 class Stopped(BaseException):
     """A signal, `signum`, asked the run to end; like KeyboardInterrupt no ordinary exception."""
 
+    is_saved = False  # whether there is a checkpoint to go on from
+
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
@@ -123,7 +125,8 @@ def run_script(main: Callable[[], None], *, alone: bool = False) -> NoReturn:
     except Stopped as stopped:
         fall_back_to_stderr()
         if rank() == 0:
-            print(f"=> {stopped}, exit code {EXIT_STOPPED}: --resume auto goes on")
+            what = "--resume auto goes on" if stopped.is_saved else "the same command begins again"
+            print(f"=> {stopped}, exit code {EXIT_STOPPED}: {what}")
         leave(EXIT_STOPPED)
     except KeyboardInterrupt:
         if rank() == 0:

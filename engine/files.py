@@ -120,7 +120,8 @@ def built_in(place: Path) -> Path:
     above = next(folder for folder in place.absolute().parents if folder.exists())
     if place.exists() or os.access(above, os.W_OK):
         return place
-    return Path(tempfile.gettempdir(), f"reproduction-kit-{place.name}")
+    owner = os.getuid() if hasattr(os, "getuid") else "mine"
+    return Path(tempfile.gettempdir(), f"reproduction-kit-{owner}-{place.name}")
 
 
 def check_writable(directory: Path, flag: str, name: str = "test") -> None:

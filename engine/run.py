@@ -321,6 +321,7 @@ class Run:
                 self.writer.wait()
                 # The first process to leave makes the launcher end the others.
                 self.accelerator.wait_for_everyone()
+                stopped.is_saved = True
                 self.accelerator.print(
                     f"=> epoch {self.epoch}, step {self.step}: saved to {self.latest}"
                 )

@@ -41,6 +41,8 @@ def count_classes(checkpoint: Checkpoint) -> int:
     """Outputs of the head, found by its name: a file may have its tensors in any order."""
     state = checkpoint["state_dict"]
     names = [name for name in state if re.match(r"(fc|heads?|classifier)\.", name)]
+    if "vocabulary" in checkpoint:
+        raise checkpoint.error(f"holds the language model {checkpoint.get('model')}, no classifier")
     if not names:
         raise checkpoint.error("has no fc, head, heads or classifier: not a model of torchvision")
     # Of a classifier with several layers the one with the highest number.

@@ -48,7 +48,7 @@ def find_images(root: Path) -> ImageFolders:
 def _find_images(root: Path) -> ImageFolders:
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "no such folder"
-        raise UserError(f"dataset {root}: {what}")
+        raise UserError(f"dataset {root}: {what} (`sample` is the built-in one)")
     for part in ("train", "val"):
         if not (root / part).is_dir():
             inside = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"

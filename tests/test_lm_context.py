@@ -139,7 +139,7 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "file").write_text("a file")
     for flags, message in {
         "lstm.pt": "data/wikitext-2/train.txt is missing and cannot be downloaded",
-        "lstm.pt other.pt --data set": "other.pt: has a vocabulary of 39 words and the corpus another",
+        "lstm.pt other.pt --data set": "other.pt: has a vocabulary of 39 words and the corpus",
         "none.pt --data set": "none.pt: no such file",
         "nan.pt --data set": "nan.pt: its weights give no finite loss",
         "lstm.pt --data set --max-context 900": "too few to have --max-context 900",

@@ -62,7 +62,10 @@ def test_a_seed_writes_its_text_twenty_words_a_line(models: Path, model: str) ->
 def test_progress_is_reported_as_the_original_does(models: Path) -> None:
     flags = ("--checkpoint", "GRU.pt", "--words", 25, "--log-interval", 10)
     result = run("lm_generate.py", *flags, cwd=models)
-    assert result.out.splitlines() == [f"| Generated {i}/25 words" for i in (0, 10, 20)]
+    assert result.out.splitlines() == [
+        *(f"| Generated {i}/25 words" for i in (0, 10, 20)),
+        "=> generated.txt",
+    ]
     piped = run("lm_generate.py", *flags, "--outf", "-", cwd=models)
     assert piped.err == result.out
     assert piped.out == (models / "generated.txt").read_text()
@@ -216,7 +219,7 @@ def test_bad_input_is_one_line_and_touches_nothing(models: Path) -> None:
         ("--words", 0): "--words: must be at least 1",
         ("--top-k", 0): "--top-k: must be at least 1",
         ("--model", "LSTM", "--checkpoint", "GRU.pt"): "GRU.pt: holds a GRU, not a LSTM",
-        ("--checkpoint", "none.pt"): "none.pt: no such file",
+        ("--checkpoint", "none.pt"): "no checkpoint none.pt: train one with lm_main.py",
         ("--checkpoint", "image.pt"): "image.pt: holds the image model resnet18",
         ("--checkpoint", "heads.pt"): "heads.pt: --emsize 8 cannot be divided by --nhead 3",
         ("--checkpoint", "nan.pt"): "nan.pt: its weights give no finite likelihoods",

@@ -379,9 +379,9 @@ def test_in_a_read_only_checkout_the_built_in_data_lie_in_the_temporary_folder(
     env = {**os.environ, "TMPDIR": str(temporary)}
     result = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result
-    assert {path.name for path in (temporary / "reproduction-kit-sample-text").iterdir()} == {
-        *("train.txt", "valid.txt", "test.txt")
-    }
+    assert {
+        path.name for path in (temporary / f"reproduction-kit-{os.getuid()}-sample-text").iterdir()
+    } == {*("train.txt", "valid.txt", "test.txt")}
     assert list(checkout.iterdir()) == []
     assert scalars(out / "modèle.logs").keys() >= {"Loss/train", "Perplexity/val"}
 

@@ -400,7 +400,7 @@ def test_a_worker_ignores_signals_from_its_start_and_its_death_is_one_line(tmp_p
     os.kill(worker, signal.SIGKILL)
     since = time.monotonic()
     result = running.finish()
-    assert time.monotonic() - since < 10  # and not a minute
+    assert time.monotonic() - since < 45  # and not the minute for which torch would wait
     assert result.code == 1, result
     (line,) = result.err.splitlines()
     assert "a worker process has gone (killed by signal: Killed): if memory was short" in line

@@ -198,7 +198,9 @@ def take_best(run: Run, model: LanguageModel) -> None:
         best = load(run.best) if best_loss is not None and run.best.is_file() else Checkpoint()
         if best and best.get("best_val_loss") == best_loss:
             load_weights(model, best)
-        else:  # before the first epoch's end, or resumed with another --save
+        elif best_loss is None:
+            print("=> no epoch is done: testing the weights as they are")
+        else:  # resumed with another --save
             print(f"=> {run.best} does not hold this run's best weights: testing the last ones")
     if accelerator.num_processes > 1:
         for parameter in model.parameters():
