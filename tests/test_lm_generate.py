@@ -62,12 +62,10 @@ def test_a_seed_writes_its_text_twenty_words_a_line(models: Path, model: str) ->
 def test_progress_is_reported_as_the_original_does(models: Path) -> None:
     flags = ("--checkpoint", "GRU.pt", "--words", 25, "--log-interval", 10)
     result = run("lm_generate.py", *flags, cwd=models)
-    assert result.out.splitlines() == [
-        *(f"| Generated {i}/25 words" for i in (0, 10, 20)),
-        "=> generated.txt",
-    ]
+    progress = "".join(f"| Generated {i}/25 words\n" for i in (0, 10, 20))
+    assert result.out == f"{progress}=> generated.txt\n"
     piped = run("lm_generate.py", *flags, "--outf", "-", cwd=models)
-    assert piped.err == result.out
+    assert piped.err == progress
     assert piped.out == (models / "generated.txt").read_text()
 
 
