@@ -143,4 +143,4 @@ def write(graph: graphviz.Digraph, path: Path, file_format: str) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, alone=True)
+    run_script(main)

@@ -178,4 +178,4 @@ def _size(shape: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main, alone=True)
+    run_script(main)

@@ -599,4 +599,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, alone=True)
+    run_script(main)

@@ -82,7 +82,8 @@ def check_flags(parser: ArgumentParser, *, alone: bool = False) -> None:
     """Answer `--help` and refuse mistaken flags, before the seconds that importing torch takes.
 
     Args:
-        alone: as for `run_script`. Of several processes one gives help in any case.
+        alone: whether the command is the work of one process. Of several that a launcher has
+            started, the first then does it, and the others leave here. One gives help in any case.
     """
     make_unfailing()
     if rank() > 0 and (alone or {"-h", "--help"} & {*sys.argv[1:]}):
@@ -93,12 +94,8 @@ def check_flags(parser: ArgumentParser, *, alone: bool = False) -> None:
         _refuse(str(error))
 
 
-def run_script(main: Callable[[], None], *, alone: bool = False) -> NoReturn:
+def run_script(main: Callable[[], None]) -> NoReturn:
     """Run `main` and leave the process; a `UserError` ends in one line and exit code 2.
-
-    Args:
-        alone: whether it is the work of one process. Of several that a launcher has started, the
-            first then does it, and the others have nothing to do.
 
     Before the processes of a run have joined, all of them usually meet the same mistake, and the
     first to leave makes the launcher end the others: so each waits its turn to speak.
@@ -107,8 +104,6 @@ def run_script(main: Callable[[], None], *, alone: bool = False) -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     make_unfailing()
     try:
-        if alone and rank() > 0:
-            leave(0)
         main()
         # Not by the interpreter's own end, in which gloo's threads now and then abort the process.
         leave(0)

@@ -208,7 +208,7 @@ def test_a_signal_outside_training_stops_at_once_and_a_second_within_it(tmp_path
     (tmp_path / ".stdout").touch()
     outside = signalled("not", [0])
     assert outside.code == STOPPED
-    assert "=> stopped by SIGTERM, exit code 75" in outside.out
+    assert "=> stopped by SIGTERM, exit code 75: the same command begins again" in outside.out
     (tmp_path / ".stdout").write_text("")
     within = signalled("deferred", [0, 0.1, 0.8])
     assert within.code == 128 + signal.SIGTERM

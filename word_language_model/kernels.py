@@ -33,21 +33,18 @@ class Dropout(nn.Dropout):
 CACHED = 700_000  # logits, in float32 2.8 MB
 
 
-def _low_precision(
-    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and weight in autocast's precision, with the bias as one more column of the weight.
+def _widened(matrix: torch.Tensor, last: torch.Tensor | float) -> torch.Tensor:
+    """`matrix` in autocast's precision, with `last` as one more column.
 
-    In bf16, F.linear with a bias takes three times as long. Columns of zeros make their number a
-    multiple of 16, which oneDNN multiplies faster.
+    A weight takes its bias along so, and features a 1: in bf16, F.linear with a bias takes three
+    times as long. Columns of zeros make their number a multiple of 16, which oneDNN multiplies
+    faster.
     """
-    precision, size = torch.get_autocast_dtype("cpu"), features.shape[1]
+    size = matrix.shape[1]
     columns = -(-(size + 1) // 16) * 16
-    wide = features.new_zeros(len(features), columns, dtype=precision)
-    wide[:, :size], wide[:, size] = features, 1.0
-    weights = weight.new_zeros(len(weight), columns, dtype=precision)
-    weights[:, :size], weights[:, size] = weight, bias
-    return wide, weights
+    wide = matrix.new_zeros(len(matrix), columns, dtype=torch.get_autocast_dtype("cpu"))
+    wide[:, :size], wide[:, size] = matrix, last
+    return wide
 
 
 class _CachedLoss(torch.autograd.Function):
@@ -69,7 +66,7 @@ class _CachedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.size = features.shape[1]
         if torch.is_autocast_enabled("cpu"):
-            features, weight = _low_precision(features, weight, bias)
+            features, weight = _widened(features, 1.0), _widened(weight, bias)
             matrix = F.linear(features, weight)
         else:
             matrix = F.linear(features, weight, bias)
@@ -121,12 +118,13 @@ def _evaluated_loss(
     """
     total, chosen = torch.zeros(len(features)), torch.zeros(len(features))
     words = max(1, CACHED // len(features))
+    wide = _widened(features, 1.0) if torch.is_autocast_enabled("cpu") else None
     for first in range(0, len(weight), words):
         part = slice(first, first + words)
-        if torch.is_autocast_enabled("cpu"):
-            logits = F.linear(*_low_precision(features, weight[part], bias[part])).float()
-        else:
+        if wide is None:
             logits = F.linear(features, weight[part], bias[part])
+        else:
+            logits = F.linear(wide, _widened(weight[part], bias[part])).float()
         mine = (first <= targets) & (targets < first + words)
         chosen[mine] = logits[mine, targets[mine] - first]
         total += logits.exp_().sum(1)
