@@ -109,7 +109,7 @@ from engine.seeds import seed_generators, use_deterministic_kernels
 from word_language_model.checkpoint import refuse_other_words
 from word_language_model.data import batchify, load_corpus, segment_count, segments
 from word_language_model.export import export_onnx
-from word_language_model.kernels import loss as decoded_loss
+from word_language_model.kernels import EvaluationLoss
 from word_language_model.model import LanguageModel
 from word_language_model.training import dry, find_checkpoint, make_run, set_up, settle, take_best
 
@@ -197,9 +197,8 @@ def fit(
         with run.training(contents):
             for _ in run.epochs(args.epochs):
                 started = time.time()
-                lr = annealed_rate(run, args)
                 # As in the original, AdamW keeps its rate, and only the printed one is annealed.
-                rate = args.lr if args.use_optimizer else lr
+                rate = args.lr if args.use_optimizer else annealed_rate(run, args)
                 run.set_learning_rate(rate)
                 train_loss = train_epoch(run, model, train_step, train, args)
                 val_loss = evaluate(run, model, valid, args)
@@ -316,20 +315,21 @@ def evaluate(run: Run, model: nn.Module, text: torch.Tensor, args: argparse.Name
     bare.eval()
     losses = torch.zeros(segment_count(text, bptt), device=text.device)
     hidden = bare.initial_hidden(text.shape[1])
-    for step, tokens, targets in tqdm(
-        segments(text, bptt),
-        desc="evaluation",
-        total=len(losses),
-        leave=False,
-        disable=None if accelerator.is_main_process else True,
-    ):
-        mine = step % accelerator.num_processes == accelerator.process_index
-        if mine or hidden:
-            with accelerator.autocast():
+    with accelerator.autocast():  # which converts weights once, as long as it lasts
+        decoded_loss = EvaluationLoss(bare.decoder)
+        for step, tokens, targets in tqdm(
+            segments(text, bptt),
+            desc="evaluation",
+            total=len(losses),
+            leave=False,
+            disable=None if accelerator.is_main_process else True,
+        ):
+            mine = step % accelerator.num_processes == accelerator.process_index
+            if mine or hidden:
                 features, hidden = bare.features(tokens, hidden)
                 if mine:
-                    losses[step] = decoded_loss(features, bare.decoder, targets)
-        run.check()
+                    losses[step] = decoded_loss(features, targets)
+            run.check()
     # A sum with zeros, which has no rounding.
     losses = accelerator.reduce(losses, "sum").double().cpu()
     rows = torch.full_like(losses, bptt)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from word_language_model.kernels import Dropout, loss
+from word_language_model.kernels import Dropout, EvaluationLoss, loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,7 +53,7 @@ def test_the_loss_of_float32_is_cross_entropys_to_the_bit(count: int, words: int
     for shift in (0, 100, -100, -1000):
         with torch.inference_mode():
             decoder.bias.add_(shift)
-            evaluated = loss(features, decoder, targets)
+            evaluated = EvaluationLoss(decoder)(features, targets)
         assert evaluated.item() == pytest.approx(plain.item(), rel=1e-4 if shift else 1e-6)
 
 
@@ -72,7 +72,7 @@ def test_the_loss_of_bf16_is_autocasts_with_gradients_as_good(count: int) -> Non
     with torch.autocast("cpu", torch.bfloat16):
         ours = loss(features, decoder, targets)
         with torch.no_grad():
-            evaluated = loss(features, decoder, targets)
+            evaluated = EvaluationLoss(decoder)(features, targets)
         plain = F.cross_entropy(decoder(features).flatten(0, 1).float(), targets)
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(exact.item(), rel=1e-3)
@@ -85,7 +85,7 @@ def test_the_loss_of_bf16_is_autocasts_with_gradients_as_good(count: int) -> Non
         for factor in (100, 1000):
             beyond = loss(factor * features, decoder, targets)
             with torch.no_grad():
-                evaluated = loss(factor * features, decoder, targets)
+                evaluated = EvaluationLoss(decoder)(factor * features, targets)
             assert 40 < evaluated < math.inf
             assert beyond.item() == pytest.approx(evaluated.item(), rel=1e-6)
         assert loss(math.nan * features, decoder, targets).isnan()

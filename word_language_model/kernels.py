@@ -109,29 +109,39 @@ class _CachedLoss(torch.autograd.Function):
         return *(gradient.float().mul_(share) for gradient in found), None
 
 
-def _evaluated_loss(
-    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Mean cross entropy of a linear layer on a CPU, without its gradient.
+class EvaluationLoss:
+    """`loss` without gradients, of many segments with the same weights.
 
-    A few words of the vocabulary at a time, so that their logits never leave the cache.
+    A CPU decodes a few words of the vocabulary at a time, so that their logits never leave the
+    cache. Under autocast, which is then on here and in every call, it converts the weights once.
     """
-    total, chosen = torch.zeros(len(features)), torch.zeros(len(features))
-    words = max(1, CACHED // len(features))
-    wide = _widened(features, 1.0) if torch.is_autocast_enabled("cpu") else None
-    for first in range(0, len(weight), words):
-        part = slice(first, first + words)
-        if wide is None:
-            logits = F.linear(features, weight[part], bias[part])
-        else:
-            logits = F.linear(wide, _widened(weight[part], bias[part])).float()
-        mine = (first <= targets) & (targets < first + words)
-        chosen[mine] = logits[mine, targets[mine] - first]
-        total += logits.exp_().sum(1)
-    # Logits beyond 88 overflow, and below -44 they have fewer digits than their differences.
-    if total.isfinite().all() and total.min() > torch.finfo(torch.float32).tiny ** 0.5:
-        return (total.log() - chosen).mean()
-    return F.cross_entropy(F.linear(features, weight, bias).float(), targets)
+
+    def __init__(self, decoder: nn.Linear) -> None:
+        self.decoder = decoder
+        self.wide = None
+        if decoder.weight.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            self.wide = _widened(decoder.weight, decoder.bias)
+
+    def __call__(self, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """As `loss`."""
+        weight, bias, features = self.decoder.weight, self.decoder.bias, features.flatten(0, 1)
+        if features.device.type == "cpu":
+            inputs = features if self.wide is None else _widened(features, 1.0)
+            total, chosen = torch.zeros(len(features)), torch.zeros(len(features))
+            words = max(1, CACHED // len(features))
+            for first in range(0, len(weight), words):
+                part = slice(first, first + words)
+                if self.wide is None:
+                    logits = F.linear(inputs, weight[part], bias[part])
+                else:
+                    logits = F.linear(inputs, self.wide[part]).float()
+                mine = (first <= targets) & (targets < first + words)
+                chosen[mine] = logits[mine, targets[mine] - first]
+                total += logits.exp_().sum(1)
+            # Logits beyond 88 overflow, and below -44 they have fewer digits than differences.
+            if total.isfinite().all() and total.min() > torch.finfo(torch.float32).tiny ** 0.5:
+                return (total.log() - chosen).mean()
+        return F.cross_entropy(F.linear(features, weight, bias).float(), targets)
 
 
 def loss(features: torch.Tensor, decoder: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
@@ -144,7 +154,6 @@ def loss(features: torch.Tensor, decoder: nn.Linear, targets: torch.Tensor) -> t
     """
     features = features.flatten(0, 1)
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
-        kernel = _CachedLoss.apply if torch.is_grad_enabled() else _evaluated_loss
-        mean: torch.Tensor = kernel(features, decoder.weight, decoder.bias, targets)
+        mean: torch.Tensor = _CachedLoss.apply(features, decoder.weight, decoder.bias, targets)
         return mean
     return F.cross_entropy(decoder(features).float(), targets)
