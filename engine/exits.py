@@ -152,7 +152,7 @@ def _mistake(error: Exception) -> str | None:
         return "no temporary folder can be written: TMPDIR=/a/folder names one"
     if isinstance(error, UserError):
         return text
-    if type(error).__name__ == "OutOfMemoryError":  # torch's
+    if is_out_of_memory(error):
         return "the GPU's memory is full: use a smaller --batch-size"
     short = re.search(r"shared memory(\(shm\)| object) .*: (.+)|(Bus error)\.", text)
     if isinstance(error, RuntimeError) and short:
@@ -167,6 +167,11 @@ def _mistake(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename:
         return f"{error.filename}: {error.strerror}"
     return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory is full: torch's allocator says so, or the CUDA driver."""
+    return type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error)
 
 
 def _lost_worker(error: Exception) -> str | None:

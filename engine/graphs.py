@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from engine.cli import UserError
+from engine.exits import is_out_of_memory
 
 Step = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -69,21 +70,23 @@ class GraphedStep:
             # On the stream of the capture, for which cuBLAS has a workspace of its own.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                outputs = self.step(*inputs, **numbers)
+                # Clones, as at the capture: cuDNN chooses by the alignment of the memory as well.
+                outputs = self.step(*(tensor.clone() for tensor in inputs), **numbers)
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
         if key not in self.captured:
             own = tuple(tensor.clone() for tensor in inputs)
             graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()  # the error of an earlier step is none of the capture's
             try:
                 # Only this thread is captured: another may be writing a checkpoint.
                 with torch.cuda.graph(
                     graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
                 ):
                     outputs = self.step(*own, **numbers)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 reason = str(error).partition("\n")[0]
                 raise UserError(
                     f"this step cannot become a CUDA graph ({reason}): --no-compile goes without"

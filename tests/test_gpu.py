@@ -138,15 +138,20 @@ def test_images_on_the_gpu_are_those_in_memory(train: bool) -> None:
         assert torch.equal(one.targets, other.targets)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_graph_replays_what_a_step_computes(model: str) -> None:
+def test_a_graph_replays_what_a_step_computes(
+    model: str, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the bit, with dropout, a hidden state, and a shorter segment at the end."""
+    build_accelerator()  # chooses cuBLAS's workspace
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     spec = ModelSpec(model, words=50, emsize=16, nhid=16, nlayers=2, nhead=2, tied=False)
     text = torch.randint(50, (5 * (WARM_UP + 4) + 3, 4), device="cuda")
     ends = []
     for graphed in (False, True):
         torch.manual_seed(0)
-        network = build_model(spec, 0.2).cuda()
+        network = build_model(spec, dropout=0.2, layer_dropout=0.1).cuda()
         optimizer = torch.optim.SGD(network.parameters(), 1.0)
         make_capturable(optimizer, torch.device("cuda"))
 
@@ -157,8 +162,10 @@ def test_a_graph_replays_what_a_step_computes(model: str) -> None:
             network: nn.Module = network,
             optimizer: torch.optim.Optimizer = optimizer,
         ) -> tuple[torch.Tensor, ...]:
-            loss, hidden = network(tokens, targets, hidden)
+            with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+                loss, hidden = network(tokens, targets, hidden)
             loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 0.25)
             optimizer.step()
             optimizer.zero_grad()
             return loss.detach(), *hidden
@@ -174,6 +181,23 @@ def test_a_graph_replays_what_a_step_computes(model: str) -> None:
                 losses.append(loss.clone())
         ends.append([torch.stack(losses), *network.state_dict().values()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("model", ["LSTM", "GRU", "RNN_TANH", "RNN_RELU"])
+def test_an_rnns_small_gradients_survive_bf16(model: str) -> None:
+    """In fp16, which autocast would make of them, these would be zero."""
+    spec = ModelSpec(model, words=50, emsize=16, nhid=16, nlayers=2, nhead=2, tied=False)
+    torch.manual_seed(0)
+    network: Any = build_model(spec, 0.0).cuda()
+    tokens = torch.randint(50, (35, 4), device="cuda")
+    gradients = []
+    for bf16 in (False, True):
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            features, hidden = network.features(tokens, network.initial_hidden(4))
+        assert all(h.dtype == torch.float32 for h in hidden)
+        gradients.append(torch.autograd.grad(1e-9 * features.sum(), network.rnn.weight_hh_l0)[0])
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

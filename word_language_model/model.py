@@ -85,14 +85,24 @@ class RecurrentModel(LanguageModel):
 
     def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
         embedded = self.drop(self.encoder(tokens))
-        if embedded.is_cuda and self.training and self.rnn.num_layers > 1:
-            output, hidden = self._layer_by_layer(embedded, hidden)
-        elif isinstance(self.rnn, nn.LSTM):
-            output, hidden = self.rnn(embedded, hidden)
+        if not embedded.is_cuda:
+            output, hidden = self._recur(embedded, hidden)
         else:
-            output, state = self.rnn(embedded, *hidden)
-            hidden = (state,)
+            # Autocast has cuDNN's RNNs in fp16 even when its own precision is bf16, and without a
+            # loss scale small gradients become zero there.
+            with torch.autocast("cuda", enabled=False):
+                hidden = tuple(h.float() for h in hidden)  # earlier versions kept them in fp16
+                output, hidden = self._recur(embedded, hidden)
         return self.drop(output), hidden
+
+    def _recur(self, x: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+        if x.is_cuda and self.training and self.rnn.num_layers > 1:
+            return self._layer_by_layer(x, hidden)
+        if isinstance(self.rnn, nn.LSTM):
+            output, hidden = self.rnn(x, hidden)
+            return output, hidden
+        output, state = self.rnn(x, *hidden)
+        return output, (state,)
 
     def _layer_by_layer(self, x: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
         """The RNN with this module's dropout between its layers, for training on a GPU.
