@@ -77,8 +77,6 @@ if _runs_a_command():
     # torch asks for a folder for compiled kernels also where it compiles none.
     if not has_temporary_folder():
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.sep)
-    # Imports leave no garbage, and collections that look for it take a third of their time.
-    gc.disable()
 
 
 def check_flags(parser: ArgumentParser, *, alone: bool = False) -> None:
@@ -95,6 +93,8 @@ def check_flags(parser: ArgumentParser, *, alone: bool = False) -> None:
         parser.parse(None)
     except UserError as error:
         _refuse(str(error))
+    # The imports that follow leave no garbage, and looking for it takes a third of their time.
+    gc.disable()
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
@@ -106,7 +106,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     if signal.getsignal(signal.SIGINT) is _leave_while_loading:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     make_unfailing()
-    gc.freeze()  # what was imported stays
+    gc.freeze()  # what was imported is never garbage
     gc.enable()
     try:
         main()

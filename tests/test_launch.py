@@ -323,6 +323,19 @@ def test_help_and_mistaken_flags_do_not_wait_for_torch(script: str, tmp_path: Pa
     assert err.count("\n") == 1
 
 
+def test_garbage_is_collected_except_while_a_command_imports() -> None:
+    code = """
+import gc
+from engine.cli import ArgumentParser
+from engine.exits import check_flags, run_script
+check_flags(ArgumentParser("A command."))
+print(gc.isenabled())
+run_script(lambda: print(gc.isenabled()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=KIT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\nTrue\n", "")
+
+
 def test_gloo_takes_the_interface_that_nccl_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the main process's address is IPv6 or unknown, and an address has an alias."""
     own = {"lo": "127.0.0.1", "docker0": "172.17.0.1", "eth0:1": "10.0.0.9", "eth0": "10.0.0.5"}
