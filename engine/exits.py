@@ -154,11 +154,11 @@ def _mistake(error: Exception) -> str | None:
         return text
     if is_out_of_memory(error):
         return "the GPU's memory is full: use a smaller --batch-size"
-    short = re.search(r"shared memory(\(shm\)| object) .*: (.+)|(Bus error)\.", text)
+    short = re.search(r"shared memory(\(shm\)| object) .*: .+|Bus error\.", text)
     if isinstance(error, RuntimeError) and short:
         return (
-            f"the worker processes have too little shared memory ({short[2] or short[3]}): enlarge "
-            "/dev/shm (docker run --shm-size 1g), or use fewer --workers (0: none)"
+            "the worker processes have too little shared memory: enlarge /dev/shm (docker run "
+            "--shm-size 1g), or use fewer --workers (0: none)"
         )
     # Of torch's and of the system's allocators.
     full = ("DefaultCPUAllocator", "Cannot allocate memory")
