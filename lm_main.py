@@ -103,7 +103,7 @@ from tqdm import tqdm
 
 from engine.graphs import GraphedStep, Step
 from engine.launch import build_accelerator, describe_run, keep_freed_memory
-from engine.metrics import sum_dtype
+from engine.metrics import step_sums, sum_dtype
 from engine.run import Run
 from engine.seeds import seed_generators, use_deterministic_kernels
 from word_language_model.checkpoint import refuse_other_words
@@ -249,7 +249,7 @@ def training_step(
         optimizer.step()
         optimizer.zero_grad()
         loss = loss.detach().to(sum_dtype(accelerator.device))
-        return torch.stack([loss, len(tokens) * loss]), *hidden
+        return step_sums(loss, len(tokens) * loss), *hidden
 
     return GraphedStep(step) if run.graphed else step
 

@@ -337,9 +337,9 @@ def evaluate(
     while len(rows) < rounds:  # a process without a batch in the last round
         rows.append(torch.zeros_like(sums.total))
         run.check()
-    # [processes, rounds, 4] to the order of the batches.
+    # [processes, rounds, 5] to the order of the batches.
     gathered = accelerator.gather(torch.stack(rows)[None]).cpu()
-    return Statistics.from_sums(gathered.transpose(0, 1).reshape(-1, run.width).sum(0).tolist())
+    return Statistics.from_sums(gathered.transpose(0, 1).flatten(0, 1).sum(0).tolist())
 
 
 if __name__ == "__main__":

@@ -23,11 +23,18 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def step_sums(loss: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """What `Sums` adds up of a step: `loss`, the `others`, and 1 if the loss is finite, else 0."""
+    return torch.stack([loss, *others, loss.isfinite()]).to(sum_dtype(loss.device))
+
+
 class Sums:
     """Sums over an epoch, on the device; reading them is the only synchronisation.
 
+    A GPU takes one kernel for a step, since what comes out of `step_sums` can be part of its graph.
+
     Args:
-        width: how many sums. The first is of losses, and watched for one that is not finite.
+        width: how many sums, without the one of finite losses.
         average: whether the figure of all processes is the mean of theirs, rather than the sum.
         epoch: as lines number it.
         carried: what `carry` returned in the run that this one continues.
@@ -42,25 +49,25 @@ class Sums:
         carried: Sequence[Sequence[float]] | None = None,
     ) -> None:
         self.accelerator, self.average, self.epoch = accelerator, average, epoch
+        self.width, self.first, self.steps = width, 0, 0  # the first step, and how many
         kind = sum_dtype(accelerator.device)
-        self.total = torch.zeros(width, device=accelerator.device, dtype=kind)
+        self.total = torch.zeros(width + 1, device=accelerator.device, dtype=kind)
         if carried is not None:
             rows = torch.tensor(carried, dtype=kind, device=accelerator.device)
             if len(rows) == accelerator.num_processes:
-                self.total += rows[accelerator.process_index]
+                self.total[:width] += rows[accelerator.process_index]
             elif average:
-                self.total += rows.mean(0)
+                self.total[:width] += rows.mean(0)
             elif accelerator.is_main_process:
-                self.total += rows.sum(0)
+                self.total[:width] += rows.sum(0)
         self.last = torch.zeros_like(self.total)
-        self.bad_step = torch.full_like(self.total[0], -1)
 
     def update(self, values: torch.Tensor, step: int) -> None:
-        """Add this process's `values` [width] of `step`."""
+        """Add this process's `values` of `step`, from `step_sums`."""
+        self.first = self.first if self.steps else step
+        self.steps += 1
         self.last = values
         self.total = self.total + values
-        is_new = (self.bad_step < 0) & ~values[0].isfinite()
-        self.bad_step = torch.where(is_new, step, self.bad_step)
 
     def read(self, refuse_nan: bool = True) -> tuple[list[float], list[float]]:
         """The last step's values and the sums so far, over all processes.
@@ -68,18 +75,18 @@ class Sums:
         Raises:
             UserError: a step whose loss was not finite, if `refuse_nan`.
         """
-        mine = torch.cat([self.last, self.total, self.bad_step[None]])
-        rows = self.accelerator.gather(mine[None]).cpu()
-        bad = [int(step) for step in rows[:, -1].tolist() if step >= 0]
-        if bad and refuse_nan:
-            raise diverged(self.epoch, min(bad))
+        rows = self.accelerator.gather(torch.cat([self.last, self.total])[None]).cpu()
+        # After the first one that is not finite, whose gradient spoils the weights, none is.
+        finite = int(rows[:, -1].min())
+        if finite < self.steps and refuse_nan:
+            raise diverged(self.epoch, self.first + finite)
         figures: list[float] = (rows.mean(0) if self.average else rows.sum(0)).tolist()
-        width = len(self.total)
-        return figures[:width], figures[width:-1]
+        return figures[: self.width], figures[self.width + 1 : -1]
 
     def carry(self) -> list[list[float]]:
         """The sums of every process, for the checkpoint of an unfinished epoch."""
-        rows: list[list[float]] = self.accelerator.gather(self.total[None]).tolist()
+        mine = self.total[None, : self.width].contiguous()
+        rows: list[list[float]] = self.accelerator.gather(mine).tolist()
         return rows
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from engine.metrics import sum_dtype
+from engine.metrics import step_sums
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class Statistics(NamedTuple):
     @classmethod
     def from_sums(cls, sums: Sequence[float]) -> Statistics:
         """From sums of what `batch_sums` returns."""
-        loss, correct1, correct5, samples = sums
+        loss, correct1, correct5, samples, *_ = sums
         count = max(samples, 1.0)
         return cls(loss / count, 100 * correct1 / count, 100 * correct5 / count)
 
@@ -39,7 +39,7 @@ class Statistics(NamedTuple):
 def batch_sums(
     logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """[loss sum, correct at 1, correct at 5, samples], on the device, without a synchronisation.
+    """`step_sums` of [loss sum, correct at 1, correct at 5, samples], without a synchronisation.
 
     Args:
         logits: [batch, classes].
@@ -51,8 +51,7 @@ def batch_sums(
     hits = (top == targets[:, None]) * (weights > 0)[:, None]
     # Padding may be anything: it must not even turn a sum into NaN.
     loss = torch.where(weights > 0, losses, 0)
-    sums = torch.stack([loss.sum(), hits[:, 0].sum(), hits.sum(), (weights > 0).sum()])
-    return sums.to(sum_dtype(sums.device))
+    return step_sums(loss.sum(), hits[:, 0].sum(), hits.sum(), (weights > 0).sum())
 
 
 class Progress:

@@ -51,7 +51,7 @@ def make_run(accelerator: Accelerator, args: argparse.Namespace) -> Run:
         values={"best_acc1": -1.0},  # in percent; below 0 before the first epoch's end
         figure="best_acc1",
         best_of=lambda latest: latest.with_name("model_best.pth"),
-        width=4,  # what `batch_sums` returns
+        width=4,  # what `batch_sums` sums
         checkpoint_every=args.checkpoint_every,
     )
     run.epoch = args.start_epoch
