@@ -315,7 +315,7 @@ def evaluate(run: Run, model: nn.Module, text: torch.Tensor, args: argparse.Name
     bare.eval()
     losses = torch.zeros(segment_count(text, bptt), device=text.device)
     hidden = bare.initial_hidden(text.shape[1])
-    with accelerator.autocast():  # which converts weights once, as long as it lasts
+    with accelerator.autocast():  # around all segments: at its end it forgets converted weights
         decoded_loss = EvaluationLoss(bare.decoder)
         for step, tokens, targets in tqdm(
             segments(text, bptt),

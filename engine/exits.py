@@ -94,7 +94,8 @@ def check_flags(parser: ArgumentParser, *, alone: bool = False) -> None:
     except UserError as error:
         _refuse(str(error))
     # The imports that follow leave no garbage, and looking for it takes a third of their time.
-    gc.disable()
+    if not hasattr(sys, "ps1"):  # IPython's, whose own garbage stays
+        gc.disable()
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
@@ -106,8 +107,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     if signal.getsignal(signal.SIGINT) is _leave_while_loading:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     make_unfailing()
-    gc.freeze()  # what was imported is never garbage
-    gc.enable()
+    if not gc.isenabled():
+        gc.freeze()  # what was imported is never garbage
+        gc.enable()
     try:
         main()
         # Not by the interpreter's own end, in which gloo's threads now and then abort the process.
@@ -154,7 +156,10 @@ def _mistake(error: Exception) -> str | None:
         return text
     if is_out_of_memory(error):
         return "the GPU's memory is full: use a smaller --batch-size"
-    short = re.search(r"shared memory(\(shm\)| object) .*: .+|Bus error\.", text)
+    if "Too many open files" in text or "items of ancdata" in text:  # the latter of a worker's
+        return "too many files are open: raise `ulimit -n`, or use fewer --workers (0: none)"
+    # Torch 2.11 gives success as the reason.
+    short = re.search(r"shared memory\(shm\) .*: (No space left|Success)|Bus error\.", text)
     if isinstance(error, RuntimeError) and short:
         return (
             "the worker processes have too little shared memory: enlarge /dev/shm (docker run "

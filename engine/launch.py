@@ -199,7 +199,7 @@ def describe_run(accelerator: Accelerator) -> str:
         how = f"--config_file accelerate_configs/{yaml}.yaml"
         if processes > 1:
             how = "--mixed_precision bf16"
-        line += f"\n=> bf16 would be much faster on this device: accelerate launch {how} ..."
+        line += f"\n=> bf16 is usually faster on this device: accelerate launch {how} ..."
     if accelerator.mixed_precision == "bf16" and emulates_bf16(accelerator.device):
         line += "\n=> this CPU has no instructions for bf16 and is many times slower in it than in "
         line += "float32: accelerate launch --mixed_precision no ..."

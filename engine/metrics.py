@@ -31,7 +31,7 @@ def step_sums(loss: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
 class Sums:
     """Sums over an epoch, on the device; reading them is the only synchronisation.
 
-    A GPU takes one kernel for a step, since what comes out of `step_sums` can be part of its graph.
+    `update` is one kernel of a GPU, and `step_sums` can be part of the graph of a step.
 
     Args:
         width: how many sums, without the one of finite losses.
@@ -49,7 +49,8 @@ class Sums:
         carried: Sequence[Sequence[float]] | None = None,
     ) -> None:
         self.accelerator, self.average, self.epoch = accelerator, average, epoch
-        self.width, self.first, self.steps = width, 0, 0  # the first step, and how many
+        self.width = width
+        self.first, self.steps = 0, 0  # the step of the first update, and how many there were
         kind = sum_dtype(accelerator.device)
         self.total = torch.zeros(width + 1, device=accelerator.device, dtype=kind)
         if carried is not None:
@@ -64,7 +65,7 @@ class Sums:
 
     def update(self, values: torch.Tensor, step: int) -> None:
         """Add this process's `values` of `step`, from `step_sums`."""
-        self.first = self.first if self.steps else step
+        self.first = step - self.steps
         self.steps += 1
         self.last = values
         self.total = self.total + values
@@ -76,7 +77,8 @@ class Sums:
             UserError: a step whose loss was not finite, if `refuse_nan`.
         """
         rows = self.accelerator.gather(torch.cat([self.last, self.total])[None]).cpu()
-        # After the first one that is not finite, whose gradient spoils the weights, none is.
+        # A loss that is not finite makes the weights NaN, and with them all later losses. (Where
+        # fp16's loss scale skips that update, the step named is a later one.)
         finite = int(rows[:, -1].min())
         if finite < self.steps and refuse_nan:
             raise diverged(self.epoch, self.first + finite)

@@ -113,7 +113,7 @@ class EvaluationLoss:
     """`loss` without gradients, of many segments with the same weights.
 
     A CPU decodes a few words of the vocabulary at a time, so that their logits never leave the
-    cache. Under autocast, which is then on here and in every call, it converts the weights once.
+    cache. Built and called within one autocast context, it converts the weights once there.
     """
 
     def __init__(self, decoder: nn.Linear) -> None:
@@ -138,7 +138,7 @@ class EvaluationLoss:
                 mine = (first <= targets) & (targets < first + words)
                 chosen[mine] = logits[mine, targets[mine] - first]
                 total += logits.exp_().sum(1)
-            # Logits beyond 88 overflow, and below -44 they have fewer digits than differences.
+            # Otherwise a logit above 88 has overflowed, or all are so low that digits are lost.
             if total.isfinite().all() and total.min() > torch.finfo(torch.float32).tiny ** 0.5:
                 return (total.log() - chosen).mean()
         return F.cross_entropy(F.linear(features, weight, bias).float(), targets)

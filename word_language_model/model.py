@@ -91,7 +91,6 @@ class RecurrentModel(LanguageModel):
             # Autocast has cuDNN's RNNs in fp16 even when its own precision is bf16, and without a
             # loss scale small gradients become zero there.
             with torch.autocast("cuda", enabled=False):
-                hidden = tuple(h.float() for h in hidden)  # earlier versions kept them in fp16
                 output, hidden = self._recur(embedded, hidden)
         return self.drop(output), hidden
 
