@@ -363,7 +363,7 @@ def add_trainings(report: Reproduction) -> list[str]:
         return done
     runs = {TRAININGS[name]: read_curves(report.folder / name / "logs") for name in done}
     report.add(
-        draw_curves(runs, ["Loss", "Acc@1", "Acc@5"], report.pictures / "curves.png"),
+        draw_curves(runs, METRICS, report.pictures / "curves.png"),
         "Dashed lines are the training images, whose crops and flips make them harder, solid ones "
         "the validation images. Epochs count from 0. The table has the last epoch's figures, "
         "training / validation. Of four processes each normalises its own quarter of a batch by "

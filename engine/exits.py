@@ -158,12 +158,13 @@ def _mistake(error: Exception) -> str | None:
         return "the GPU's memory is full: use a smaller --batch-size"
     if "Too many open files" in text or "items of ancdata" in text:  # the latter of a worker's
         return "too many files are open: raise `ulimit -n`, or use fewer --workers (0: none)"
-    # Torch 2.11 gives success as the reason.
-    short = re.search(r"shared memory\(shm\) .*: (No space left|Success)|Bus error\.", text)
+    # For a full /dev/shm torch 2.11 gives the wrong reason.
+    reasons = text.replace("Success (0)", "No space left on device (28)")
+    short = re.search(r"shared memory(\(shm\)| object) .*: (.+)|(Bus error)\.", reasons)
     if isinstance(error, RuntimeError) and short:
         return (
-            "the worker processes have too little shared memory: enlarge /dev/shm (docker run "
-            "--shm-size 1g), or use fewer --workers (0: none)"
+            f"the worker processes have too little shared memory ({short[2] or short[3]}): enlarge "
+            "/dev/shm (docker run --shm-size 1g), or use fewer --workers (0: none)"
         )
     # Of torch's and of the system's allocators.
     full = ("DefaultCPUAllocator", "Cannot allocate memory")

@@ -4,6 +4,7 @@ The loop takes the kit's batches as they are before CutMix and MixUp. That the c
 from sample to sample and from epoch to epoch is a test of its own.
 """
 
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,9 @@ from torch.optim import lr_scheduler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+from engine.cli import UserError
+from engine.launch import build_accelerator
+from engine.metrics import Sums, step_sums
 from engine.seeds import derive_seed
 from image_classification.data import (
     DecodedImages,
@@ -201,3 +205,22 @@ def test_model_best_is_the_first_epoch_of_the_best_accuracy(tmp_path: Path) -> N
         best, latest = (read(output / name) for name in ("model_best.pth", "checkpoint.pth"))
         assert (latest["epoch"], latest["best_acc1"]) == (4 + len(more), 60.0)
         assert (best["epoch"], best["best_acc1"]) == (2, 60.0)
+
+
+def test_sums_go_on_from_a_checkpoint_and_name_the_step_of_a_loss_that_is_not_finite() -> None:
+    whole, first = (Sums(build_accelerator(), 2) for _ in range(2))
+    steps = [step_sums(torch.tensor(0.1 * n), torch.tensor(n)) for n in range(1, 7)]
+    for step, values in enumerate(steps):
+        whole.update(values, step)
+        if step < 4:
+            first.update(values, step)
+    second = Sums(build_accelerator(), 2, epoch=3, carried=first.carry())
+    for step, values in enumerate(steps[4:], 4):
+        second.update(values, step)
+    assert second.read() == whole.read()
+    assert second.read()[1] == [pytest.approx(2.1), 21]
+    for step in (6, 7):
+        second.update(step_sums(torch.tensor(math.nan), torch.tensor(1)), step)
+    with pytest.raises(UserError, match="not finite in epoch 3 at step 6:"):
+        second.read()
+    assert second.read(refuse_nan=False)[1][1] == 23

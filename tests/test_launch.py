@@ -25,6 +25,7 @@ from kit import (
     run,
 )
 
+from engine.exits import _mistake
 from engine.network import find_interface, reason
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
@@ -334,6 +335,24 @@ run_script(lambda: print(gc.isenabled()))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=KIT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "False\nTrue\n", "")
+
+
+@pytest.mark.parametrize(
+    ("torchs", "line"),
+    [
+        ("allocate shared memory(shm) for file </t>: Success (0)", "memory (No space left on"),
+        ("open shared memory object </t> in mode: Permission denied (13)", "memory (Permission"),
+        ("open shared memory object </t> in mode: Too many open files (24)", "`ulimit -n`"),
+        ("received 0 items of ancdata", "`ulimit -n`"),
+        ("CUDA error: out of memory", "the GPU's memory is full"),
+    ],
+)
+def test_what_torch_says_of_a_full_machine_is_one_line_with_a_remedy(
+    torchs: str, line: str
+) -> None:
+    said = _mistake(RuntimeError(torchs))
+    assert said is not None
+    assert line in said
 
 
 def test_gloo_takes_the_interface_that_nccl_would(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -418,8 +418,8 @@ def test_too_little_shared_memory_is_one_line(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", "plain", val=20, side=160)
     flags = ("set", "-e", "--image-size", 224, "-a", "squeezenet1_1", "-j", 1)
     for size, batch, message in (
-        ("2m", 20, "too little shared memory: enlarge /dev/shm (docker"),
-        ("2m", 10, "too little shared memory: enlarge /dev/shm (docker"),
+        ("2m", 20, "too little shared memory (No space left on device (28)): enlarge /dev/shm"),
+        ("2m", 10, "too little shared memory (No space left on device (28)): enlarge /dev/shm"),
         ("4k", 1, "cannot start 1 worker processes (No space left on device): use fewer"),
     ):
         probe = ("shm", size, *flags, "-b", batch)
