@@ -21,11 +21,13 @@ from engine.exits import Stopped, check_flags, run_script  # before what is slow
 # isort: split
 
 import argparse
+import contextlib
 import math
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ def make_parser() -> cli.ArgumentParser:
     add("--lr", type=cli.non_negative_float, default=20.0, metavar="LR",
         help="initial learning rate; an epoch without a better validation loss divides it by 4")
     add("--clip", type=cli.non_negative_float, default=0.25, metavar="NORM",
-        help="a gradient of a larger norm is scaled down to it")
+        help="a gradient of a larger norm is scaled down to it; 0: none is")
     add("--dropout", type=cli.fraction, default=0.2, metavar="P",
         help="share of values that are dropped; 0: none")
     add("--layer-dropout", type=cli.fraction, default=0.1, metavar="P",
@@ -98,60 +100,63 @@ if __name__ == "__main__":
 
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
 from tqdm import tqdm
 
-from engine.graphs import GraphedStep, Step
-from engine.launch import build_accelerator, describe_run, keep_freed_memory
+from engine.checkpoints import Checkpoint
+from engine.graphs import GraphedStep, Step, can_use_graphs, make_capturable
+from engine.launch import build_accelerator, check_compiler, describe_run, keep_freed_memory
 from engine.metrics import step_sums, sum_dtype
 from engine.run import Run
 from engine.seeds import seed_generators, use_deterministic_kernels
-from word_language_model.checkpoint import refuse_other_words
-from word_language_model.data import batchify, load_corpus, segment_count, segments
-from word_language_model.export import export_onnx
+from word_language_model.checkpoint import (
+    beside,
+    load,
+    load_weights,
+    refuse_other_words,
+    settle,
+    spec_of,
+)
+from word_language_model.data import (
+    Corpus,
+    batchify,
+    corpus_files,
+    identity,
+    load_corpus,
+    segment_count,
+    segments,
+)
+from word_language_model.export import check_exporter, export_onnx, onnx_files
 from word_language_model.kernels import EvaluationLoss
-from word_language_model.model import LanguageModel
-from word_language_model.training import dry, find_checkpoint, make_run, set_up, settle, take_best
+from word_language_model.model import LanguageModel, build_model
 
 EVAL_BATCH_SIZE = 10
 RULE = 89  # characters of a line between epochs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse(argv)
-    accelerator = build_accelerator(broadcast_buffers=False)  # sines, which never change
-    keep_freed_memory(2**30)  # the logits are the largest
-    use_deterministic_kernels(True)
-    run = make_run(accelerator, args)
-    accelerator.print(describe_run(accelerator))
-    for flag in ("cuda", "accel"):
-        if getattr(args, flag):
-            accelerator.print(f"=> --{flag} changes nothing: devices are the launcher's business")
-    checkpoint = find_checkpoint(run, args)
-    spec = settle(parser, args, checkpoint, accelerator)
-
-    with accelerator.local_main_process_first():  # a node's first process downloads
-        corpus = load_corpus(args.data)
-    if checkpoint:
-        refuse_other_words(checkpoint, corpus.vocabulary)
-    spec = spec._replace(words=len(corpus.vocabulary))
-    accelerator.print(
-        f"=> {corpus.root}: {len(corpus.train)} training, {len(corpus.valid)} validation and "
-        f"{len(corpus.test)} test words, {spec.words} different"
-    )
-    train = batchify(corpus.train, args.batch_size, "train")
-    valid = batchify(corpus.valid, EVAL_BATCH_SIZE, "valid").to(accelerator.device)
-    test = batchify(corpus.test, EVAL_BATCH_SIZE, "test").to(accelerator.device)
-
-    model, optimizer, train = set_up(run, spec, train, args, checkpoint)
-    checkpoint.clear()  # model and optimizer have what they need of it
-    if args.evaluate:
-        for name, text in (("valid", valid), ("test", test)):
-            accelerator.print(f"| Evaluation | {summary(name, evaluate(run, model, text, args))}")
-    with dry(run, args):
-        if not args.evaluate:
-            fit(run, model, optimizer, train, valid, corpus.vocabulary, args)
+    with contextlib.ExitStack() as at_the_end:
+        run, args, checkpoint = begin(argv, at_the_end)
+        accelerator = run.accelerator
+        with accelerator.local_main_process_first():  # a node's first process downloads
+            corpus = load_corpus(args.data)
+        if checkpoint:
+            refuse_other_words(checkpoint, corpus.vocabulary)
+        accelerator.print(
+            f"=> {corpus.root}: {len(corpus.train)} training, {len(corpus.valid)} validation and "
+            f"{len(corpus.test)} test words, {len(corpus.vocabulary)} different"
+        )
+        valid = batchify(corpus.valid, EVAL_BATCH_SIZE, "valid").to(accelerator.device)
+        test = batchify(corpus.test, EVAL_BATCH_SIZE, "test").to(accelerator.device)
+        model, optimizer, train = build(run, corpus, args, checkpoint)
+        checkpoint.clear()  # model and optimizer have what they need of it
+        if args.evaluate:
+            for name, text in (("valid", valid), ("test", test)):
+                loss = evaluate(run, model, text, args)
+                accelerator.print(f"| Evaluation | {summary(name, loss)}")
+        else:
+            fit(run, model, optimizer, train, valid, corpus, args)
             take_best(run, accelerator.unwrap_model(model))
             loss = evaluate(run, model, test, args)
             rule = "=" * RULE
@@ -163,13 +168,129 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise run.stopped
 
 
+def begin(
+    argv: Sequence[str] | None, at_the_end: contextlib.ExitStack | None = None
+) -> tuple[Run, argparse.Namespace, Checkpoint]:
+    """Flags, accelerator, the run's place, and the checkpoint that it goes on from, if any.
+
+    Args:
+        at_the_end: removes the files of a dry run.
+    """
+    parser = make_parser()
+    args = parser.parse(argv)
+    accelerator = build_accelerator(broadcast_buffers=False)  # sines, which never change
+    keep_freed_memory(2**30)  # the logits are the largest
+    use_deterministic_kernels(accelerator, True)
+    if args.evaluate and not args.resume:
+        args.resume = args.save
+    if args.dry_run and at_the_end and accelerator.is_main_process:
+        at_the_end.enter_context(dry(args))
+    latest, log_dir = beside(args.save)
+    run = Run(
+        accelerator,
+        latest=latest,
+        best=args.save,
+        log_dir=args.log_dir or log_dir,
+        flag="--save",
+        metrics=["Loss"],
+        figure="best_val_loss",
+        best_figure=math.inf,
+        first_epoch=1,
+        checkpoint_every=args.checkpoint_every,
+    )
+    accelerator.print(describe_run(accelerator))
+    for flag in ("cuda", "accel"):
+        if getattr(args, flag):
+            accelerator.print(f"=> --{flag} changes nothing: devices are the launcher's business")
+    if args.onnx_export:
+        check_exporter()
+    paths = onnx_files(args.onnx_export), corpus_files(args.data)
+    args.resume = run.find(args.resume, args.evaluate, args.overwrite, *paths)
+    checkpoint = load(args.resume) if args.resume else Checkpoint()
+    run.changed = settle(parser, args, checkpoint, accelerator)
+    return run, args, checkpoint
+
+
+@contextlib.contextmanager
+def dry(args: argparse.Namespace) -> Iterator[None]:
+    """Puts all files of --dry-run into a folder beside --save, which is removed at the end.
+
+    So a disk that is full or read-only shows, and no model of an earlier run is replaced.
+    """
+    try:
+        args.save.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=".dry-run-", dir=args.save.parent)
+    except OSError as error:
+        raise cli.UserError(f"cannot write to {args.save.parent}: {error.strerror}") from error
+    with folder:
+        args.save, args.log_dir = Path(folder.name, args.save.name), None
+        args.onnx_export = args.onnx_export and Path(folder.name, args.onnx_export.name)
+        yield
+    print("=> dry run: its files are removed again")
+
+
+def build(
+    run: Run, corpus: Corpus, args: argparse.Namespace, checkpoint: Checkpoint
+) -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
+    """Model, optimizer and training text, as new or as `checkpoint` has them.
+
+    Returns:
+        Model and optimizer as prepared, and this process's columns of the text, [rows, columns],
+        on the device.
+    """
+    accelerator = run.accelerator
+    torch.manual_seed(args.seed)
+    model = build_model(spec_of(args, len(corpus.vocabulary)), args.dropout, args.layer_dropout)
+    if checkpoint:
+        load_weights(model, checkpoint)
+
+    # The original's `p -= lr * grad`, or its AdamW.
+    kind = torch.optim.AdamW if args.use_optimizer else torch.optim.SGD
+    optimizer: torch.optim.Optimizer = kind(model.parameters(), lr=args.lr)
+    # With AdamW graphs were never measured.
+    graphable = can_use_graphs(accelerator) and not args.use_optimizer
+    run.graphed = graphable and args.compile is not False
+    if run.graphed:
+        make_capturable(optimizer, accelerator.device)
+    elif args.compile:
+        check_compiler()
+        model.compile()
+    prepared, optimizer = run.prepare(model, optimizer)
+
+    text = batchify(corpus.train, args.batch_size, "train")
+    share = args.batch_size // accelerator.num_processes
+    first = accelerator.process_index * share
+    columns = slice(first, first + share)
+
+    run.measured_on = identity(corpus.valid)
+    batches = {
+        "batch_size": args.batch_size,
+        "bptt": args.bptt,
+        "trained_on": identity(corpus.train),
+    }
+    run.state = {"annealed": 0, "hidden": ()}
+    if not args.evaluate:
+        run.resume(checkpoint, optimizer, segment_count(text, args.bptt), batches, args.epochs)
+        run.state["annealed"] = checkpoint.value("annealed", int) or 0
+        if run.state["annealed"] < 0:
+            raise checkpoint.error(f"annealed is {run.state['annealed']}: damaged")
+        if run.step:
+            hidden = checkpoint.value("hidden", list) or []
+            shapes = [h.shape for h in model.initial_hidden(args.batch_size)]
+            if [getattr(h, "shape", None) for h in hidden] != shapes or not run.carried:
+                raise checkpoint.error(f"sums or hidden state are not those of a {args.model}")
+            mine = (h[:, columns].contiguous().to(accelerator.device) for h in hidden)
+            run.state["hidden"] = tuple(mine)
+    return prepared, optimizer, text[:, columns].contiguous().to(accelerator.device)
+
+
 def fit(
     run: Run,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     train: torch.Tensor,
     valid: torch.Tensor,
-    vocabulary: list[str],
+    corpus: Corpus,
     args: argparse.Namespace,
 ) -> None:
     """Train to the last epoch, or to Ctrl-C.
@@ -177,18 +298,21 @@ def fit(
     Raises:
         Stopped: by another signal, once a checkpoint is on the disk.
     """
-    accelerator, state = run.accelerator, run.values
+    accelerator = run.accelerator
     accelerator.print(
         f"=> {args.batch_size} columns of {args.bptt} words a step, {train.shape[1]} columns a "
         f"process; best model {run.best}, latest state {run.latest}, curves in {run.log_dir}"
     )
 
     def contents() -> dict[str, Any]:
-        hidden = [accelerator.gather(h.transpose(0, 1).contiguous()) for h in state["hidden"]]
+        """What a checkpoint holds beside what the run itself adds (`Run.save`)."""
+        mine = (h.transpose(0, 1).contiguous() for h in run.state["hidden"])
+        hidden = [accelerator.gather(h).transpose(0, 1).cpu() for h in mine]  # of all columns
         return {
             **{name: getattr(args, name) for name in SETTINGS},
-            "vocabulary": vocabulary,
-            "hidden": [h.transpose(0, 1).cpu() for h in hidden],  # of all columns
+            "vocabulary": corpus.vocabulary,
+            "annealed": run.state["annealed"],
+            "hidden": hidden,
         }
 
     train_step = training_step(run, model, optimizer, args)
@@ -206,13 +330,9 @@ def fit(
                     f"{rule}\n| end of epoch {run.number:3d} | time: "
                     f"{time.time() - started:5.2f}s | {summary('valid', val_loss)}\n{rule}"
                 )
-                best = state["best_val_loss"]
-                is_best = not best or val_loss < best
-                if is_best:
-                    state["best_val_loss"] = val_loss
-                else:
-                    state["annealed"] += 1
-                state["hidden"] = ()
+                if not run.is_better(val_loss):
+                    run.state["annealed"] += 1
+                run.state["hidden"] = ()
                 run.end_of_epoch(
                     {
                         "Loss/train": train_loss,
@@ -220,7 +340,7 @@ def fit(
                         "Perplexity/val": perplexity(val_loss),
                         "LR": rate,
                     },
-                    is_best,
+                    val_loss,
                 )
     except Stopped as stopped:
         if stopped.signum != signal.SIGINT:
@@ -230,7 +350,23 @@ def fit(
 
 def annealed_rate(run: Run, args: argparse.Namespace) -> float:
     """A quarter of the learning rate for every epoch that brought no better validation loss."""
-    return math.ldexp(args.lr, -2 * run.values["annealed"])
+    return math.ldexp(args.lr, -2 * run.state["annealed"])
+
+
+def take_best(run: Run, model: LanguageModel) -> None:
+    """Give `model` the weights that did best on the validation text, on every process."""
+    accelerator = run.accelerator
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if not run.has_best:
+            print("=> no epoch is done on this text: testing the weights as they are")
+        elif run.holds_best(run.best):
+            load_weights(model, load(run.best))
+        else:  # resumed with another --save
+            print(f"=> {run.best} does not hold this run's best weights: testing the last ones")
+    if accelerator.num_processes > 1:
+        for parameter in model.parameters():
+            parameter.data.copy_(broadcast(parameter.data))
 
 
 def training_step(
@@ -245,11 +381,12 @@ def training_step(
         # DistributedDataParallel averages the gradients: the mean over all columns.
         loss, hidden = model(tokens, targets, hidden)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), args.clip)
+        if args.clip:
+            accelerator.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
-        loss = loss.detach().to(sum_dtype(accelerator.device))
-        return step_sums(loss, len(tokens) * loss), *hidden
+        count = torch.full_like(loss, len(targets), dtype=sum_dtype(accelerator.device))
+        return step_sums(count * loss.detach(), count), *hidden
 
     return GraphedStep(step) if run.graphed else step
 
@@ -258,7 +395,7 @@ def train_epoch(
     run: Run, model: nn.Module, train_step: Step, text: torch.Tensor, args: argparse.Namespace
 ) -> float:
     """Train the rest of the epoch under way; returns the mean loss of a word in the whole of it."""
-    accelerator, state = run.accelerator, run.values
+    accelerator, state = run.accelerator, run.state
     model.train()
     if not state["hidden"]:
         state["hidden"] = accelerator.unwrap_model(model).initial_hidden(text.shape[1])
@@ -273,6 +410,8 @@ def train_epoch(
         leave=False,
         disable=None if accelerator.is_main_process else True,
     )
+    # As in the original, the first line of an epoch sums one step more than it divides by.
+    since, last = run.step, max(run.step - 1, 0)  # the first step of the next line; the last line's
     started = time.time()
     with bar:
         for step, tokens, targets in segments(text, args.bptt, run.step):
@@ -283,11 +422,10 @@ def train_epoch(
             sums.update(values, step)
             bar.update()
             if step % args.log_interval == 0 and step > 0:
-                # As the original: the first line's sum has one batch more than it counts.
-                mean = sums.read()[1][0] / args.log_interval
-                sums.total[0].zero_()
-                milliseconds = (time.time() - started) * 1000 / args.log_interval
-                started = time.time()
+                mean = sums.read()[0]["Loss"] * (step + 1 - since) / (step - last)
+                milliseconds = (time.time() - started) * 1000 / (step - last)
+                sums.mark()
+                since, last, started = step + 1, step, time.time()
                 bar.set_postfix_str(f"loss {mean:.2f}, ppl {perplexity(mean):.2f}")
                 if accelerator.is_main_process:
                     tqdm.write(
@@ -299,8 +437,7 @@ def train_epoch(
             run.end_of_step(step)
             if args.dry_run:
                 break
-    rows: int = min(run.step * args.bptt, len(text) - 1)
-    return run.end_of_training_steps()[1] / rows
+    return run.end_of_training_steps()["Loss"]
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine import cli
-from image_classification.settings import DEFAULT, SETTINGS, STEMS, TINY_IMAGENET
+from image_classification.settings import DEFAULT, SETTINGS, STEMS, TINY_IMAGENET, ModelSpec
 
 
 def launchers_business(_: str) -> NoReturn:
@@ -61,6 +61,9 @@ def make_parser() -> cli.ArgumentParser:
         "at stride 1, cifar a 3x3 without pooling")
     add("--pretrained", action="store_true",
         help="start from torchvision's ImageNet weights; with its stem unless --stem is given")
+    add("--weights", type=cli.pathname, metavar="PATH",
+        help="start a new run from this checkpoint's weights, with a new last layer where its "
+        "classes are others")
     add("--sync-bn", action=argparse.BooleanOptionalAction, default=False,
         help="batch statistics over all GPUs (default: no)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
@@ -118,48 +121,151 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms import v2
 
-from engine.checkpoints import Checkpoint, load
-from engine.graphs import GraphedStep, Step
-from engine.launch import build_accelerator, describe_run, keep_freed_memory
-from engine.metrics import Sums
+from engine.checkpoints import Checkpoint
+from engine.graphs import GraphedStep, Step, can_use_graphs, make_capturable
+from engine.launch import build_accelerator, check_compiler, describe_run, keep_freed_memory
+from engine.metrics import Means, Sums
 from engine.run import Run
-from engine.seeds import seed_generators, use_deterministic_kernels
+from engine.seeds import agree_on_seed, seed_generators, use_deterministic_kernels
 from image_classification.cache import BadImageError, refuse_bad_images
-from image_classification.data import ImageData, ImageLoader
-from image_classification.metrics import Progress, Statistics, batch_sums
-from image_classification.model import check_architecture
-from image_classification.training import find_data, make_run, set_up, settle
+from image_classification.checkpoint import (
+    default_folder,
+    load,
+    load_weights,
+    refuse_other_classes,
+    settle,
+)
+from image_classification.data import ImageData, ImageLoader, find_data, identity, move_to_gpu
+from image_classification.metrics import METRICS, Progress, batch_sums, summary
+from image_classification.model import build_model, check_architecture
+
+# A validation batch is never larger, and never depends on the number of processes, so that
+# neither do the bits of its result.
+EVAL_BATCH_SIZE = 256
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse(argv)
-    if args.arch is not None:
-        check_architecture(args.arch)
-    seeded = args.seed is not None
-    accelerator = build_accelerator(deterministic=seeded)
-    use_deterministic_kernels(seeded)
-    keep_freed_memory(2**25)  # a faster loader, for more memory: README, Speed
-    run = make_run(accelerator, args)
-    accelerator.print(describe_run(accelerator))
-    splits = [("DIR", Path(args.data, split)) for split in ("train", "val")]
-    args.resume = run.find(args.resume, args.evaluate, args.overwrite, inputs=splits)
-    checkpoint = load(args.resume) if args.resume else Checkpoint()
-    settle(parser, args, checkpoint, accelerator)
-    data = find_data(accelerator, args)
-    model, optimizer, train_loader, val_loader = set_up(run, data, args, checkpoint)
-    checkpoint.clear()  # model and optimizer have what they need of it
-    if args.evaluate and not (args.resume or args.pretrained):
-        accelerator.print("=> neither --resume nor --pretrained: the figures of random weights")
+    run, args, checkpoint = begin(argv)
+    data = find_data(run.accelerator, args)
+    model, optimizer, train_loader, val_loader = build(run, data, args, checkpoint)
+    for source in (checkpoint, args.origin):
+        source.clear()  # model and optimizer have what they need of it
     try:
         if args.evaluate:
-            accelerator.print(evaluate(run, model, val_loader, args))
+            if not (args.resume or args.pretrained):
+                run.accelerator.print(
+                    "=> neither --resume nor --pretrained: the figures of random weights"
+                )
+            run.accelerator.print(summary(evaluate(run, model, val_loader, args)))
         else:
             fit(run, model, optimizer, train_loader, val_loader, data, args)
     except BadImageError as error:
         paths = data.train.paths + data.val.paths
-        refuse_bad_images(error, data.root, paths, args.workers, accelerator.num_processes)
+        refuse_bad_images(error, data.root, paths, args.workers, run.accelerator.num_processes)
+
+
+def begin(argv: Sequence[str] | None) -> tuple[Run, argparse.Namespace, Checkpoint]:
+    """Flags, accelerator, the run's place, and the checkpoint that it goes on from, if any."""
+    parser = make_parser()
+    args = parser.parse(argv)
+    if args.arch is not None:
+        check_architecture(args.arch)
+    if args.weights and (args.pretrained or args.evaluate):
+        parser.error("--weights begins a training: without --pretrained; -e evaluates --resume")
+    args.seeded = args.seed is not None
+    accelerator = build_accelerator()
+    keep_freed_memory(2**25)  # a faster loader, for more memory: docs/speed.md
+    folder: Path = args.output_dir or default_folder(accelerator, args)
+    run = Run(
+        accelerator,
+        latest=folder / "checkpoint.pth",
+        best=folder / "model_best.pth",
+        log_dir=args.log_dir or folder / "logs",
+        flag="--output-dir",
+        metrics=[*METRICS],
+        figure="best_acc1",
+        best_figure=-1.0,
+        checkpoint_every=args.checkpoint_every,
+        epoch=args.start_epoch,
+    )
+    accelerator.print(describe_run(accelerator))
+    splits = [("DIR", Path(args.data, split)) for split in ("train", "val")]
+    args.resume = run.find(args.resume, args.evaluate, args.overwrite, inputs=splits)
+    checkpoint = load(args.resume) if args.resume else Checkpoint()
+    args.origin = load(args.weights) if args.weights and not checkpoint else Checkpoint()
+    run.changed = settle(parser, args, checkpoint, accelerator)
+    args.seed = agree_on_seed(accelerator, args.seed)
+    use_deterministic_kernels(accelerator, args.seeded)
+    return run, args, checkpoint
+
+
+def build(
+    run: Run, data: ImageData, args: argparse.Namespace, checkpoint: Checkpoint
+) -> tuple[nn.Module, torch.optim.Optimizer, ImageLoader, ImageLoader]:
+    """Model, optimizer, training and validation loader, as new or as `checkpoint` has them."""
+    accelerator = run.accelerator
+    torch.manual_seed(args.seed)
+    spec = ModelSpec(args.arch, args.stem, len(data.classes), args.image_size)
+    pretrained = args.pretrained and not checkpoint
+    with accelerator.local_main_process_first():  # a node's first process downloads weights
+        model = build_model(spec, pretrained)
+    accelerator.print(
+        f"=> {'using pre-trained' if pretrained else 'creating'} model "
+        f"'{spec.arch}', {spec.num_classes} classes, {spec.image_size} px"
+        + (f", stem {spec.stem}" if spec.stem else "")
+    )
+    if checkpoint:
+        refuse_other_classes(checkpoint, data.classes)
+        load_weights(model, checkpoint, spec.arch)
+    elif args.origin:
+        is_other = args.origin.get("classes") != data.classes
+        new = load_weights(model, args.origin, spec.arch, new_head=is_other)
+        accelerator.print(f"=> weights of {args.weights}; new: {', '.join(new) or 'nothing'}")
+    if args.sync_bn and not args.evaluate:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(memory_format=torch.channels_last)
+    if args.compile:
+        check_compiler()
+        # For each shape once, the last, smaller batches too: all of it in the first epoch.
+        model.compile(dynamic=False)
+
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(
+        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    run.graphed = args.compile and can_use_graphs(accelerator)
+    if run.graphed:
+        make_capturable(optimizer, accelerator.device)
+    model, optimizer = run.prepare(model, optimizer)
+
+    if not args.evaluate:  # which reads every image once
+        data = move_to_gpu(data, accelerator)
+    choices = [
+        transform(alpha=alpha, num_classes=spec.num_classes)
+        for transform, alpha in ((v2.CutMix, args.cutmix), (v2.MixUp, args.mixup))
+        if alpha > 0
+    ]
+    loading = {"image_size": args.image_size, "seed": args.seed, "workers": args.workers}
+    train_loader = ImageLoader(
+        accelerator,
+        data.train,
+        train=True,
+        batch_size=args.batch_size,
+        mix=v2.RandomChoice(choices) if choices else None,
+        **loading,
+    )
+    size = min(args.batch_size, EVAL_BATCH_SIZE)
+    val_loader = ImageLoader(accelerator, data.val, train=False, batch_size=size, **loading)
+
+    if not args.evaluate:
+        run.measured_on = identity(data.val, data, args.image_size)
+        trained_on = identity(data.train, data)
+        batches = {"batch_size": args.batch_size, "seed": args.seed, "trained_on": trained_on}
+        run.resume(checkpoint, optimizer, len(train_loader), batches, args.epochs)
+        for group in optimizer.param_groups:
+            group.update(momentum=args.momentum, weight_decay=args.weight_decay)
+    return model, optimizer, train_loader, val_loader
 
 
 def fit(
@@ -183,13 +289,15 @@ def fit(
     )
 
     def contents() -> dict[str, Any]:
+        """What a checkpoint holds beside what the run itself adds (`Run.save`)."""
+        # The original goes on with the rate that it finds there: that of the epoch under way.
+        run.set_learning_rate(learning_rate(run.epoch, args))
         return {
             **{name: getattr(args, name) for name in SETTINGS},
+            "seeded": args.seeded,
             "classes": data.classes,
             "num_classes": len(data.classes),
-            "samples": len(data.train),
-            # The original's StepLR resumes from this.
-            "scheduler": {"last_epoch": run.epoch, "base_lrs": [args.lr]},
+            "scheduler": {"last_epoch": run.epoch, "base_lrs": [args.lr]},  # of the original
         }
 
     for group in optimizer.param_groups:
@@ -201,26 +309,16 @@ def fit(
             run.set_learning_rate(lr)
             train, rate = train_epoch(run, model, train_step, train_loader, args)
             val = evaluate(run, model, val_loader, args)
-            accelerator.print(val)
-            is_best = val.acc1 > run.values["best_acc1"]
-            run.values["best_acc1"] = max(val.acc1, run.values["best_acc1"])
-            run.end_of_epoch(
-                {
-                    "Loss/train": train.loss,
-                    "Acc@1/train": train.acc1,
-                    "Acc@5/train": train.acc5,
-                    "Loss/val": val.loss,
-                    "Acc@1/val": val.acc1,
-                    "Acc@5/val": val.acc5,
-                    "LR": lr,
-                    "Throughput/train": rate,
-                },
-                is_best,
-            )
-    accelerator.print(
-        f"=> best Acc@1 {run.values['best_acc1']:.3f}: {run.best}\n"
-        f"=> curves: tensorboard --logdir {shlex.quote(str(run.log_dir))}"
-    )
+            accelerator.print(summary(val))
+            scalars = {f"{name}/train": value for name, value in train.items()}
+            scalars |= {f"{name}/val": value for name, value in val.items()}
+            scalars["LR"] = lr
+            if rate is not None:  # else the epoch was resumed after its last step
+                scalars["Throughput/train"] = rate
+            run.end_of_epoch(scalars, val["Acc@1"])
+    if run.has_best:
+        accelerator.print(f"=> best Acc@1 {run.best_figure:.3f}: {run.best}")
+    accelerator.print(f"=> curves: tensorboard --logdir {shlex.quote(str(run.log_dir))}")
 
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:
@@ -267,18 +365,13 @@ def training_step(
 
 def train_epoch(
     run: Run, model: nn.Module, train_step: Step, loader: ImageLoader, args: argparse.Namespace
-) -> tuple[Statistics, float]:
-    """Train the rest of `run.epoch`; returns its statistics and images per second."""
+) -> tuple[Means, float | None]:
+    """Train the rest of `run.epoch`; returns the epoch's means and images per second."""
     accelerator = run.accelerator
     model.train()
     sums = run.begin_epoch(len(loader))
     progress = Progress(
-        accelerator,
-        f"Epoch: [{run.epoch}]",
-        len(loader),
-        args.print_freq,
-        batch_size=args.batch_size,
-        start=run.step,
+        accelerator, f"Epoch: [{run.epoch}]", len(loader), args.print_freq, start=run.step
     )
     try:
         for step, batch in progress.steps(loader.epoch(run.epoch, run.step)):
@@ -288,9 +381,10 @@ def train_epoch(
             soft_targets = () if batch.soft_targets is None else (batch.soft_targets,)
             inputs = (batch.images, batch.targets, batch.weights, *soft_targets)
             (values,) = train_step(*inputs, size=batch.size)
+            sums.mark()
             sums.update(values, step)
-            if progress.tick(step):
-                progress.display(step, *map(Statistics.from_sums, sums.read()))
+            if progress.tick(step, batch.size):
+                progress.display(step, *sums.read())
             run.end_of_step(step)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
@@ -299,14 +393,12 @@ def train_epoch(
             f"batch normalisation cannot train on one image of this size a process: use a "
             f"--batch-size of at least {2 * accelerator.num_processes}"
         ) from error
-    return Statistics.from_sums(run.end_of_training_steps()), progress.rate()
+    return run.end_of_training_steps(), progress.rate()
 
 
 @torch.inference_mode()
-def evaluate(
-    run: Run, model: nn.Module, loader: ImageLoader, args: argparse.Namespace
-) -> Statistics:
-    """Statistics over the validation set, the same bits on any number of processes.
+def evaluate(run: Run, model: nn.Module, loader: ImageLoader, args: argparse.Namespace) -> Means:
+    """Means over the validation set, the same bits on any number of processes.
 
     Batches go whole to the processes in turn, and their sums are added in the order of the
     batches.
@@ -316,30 +408,25 @@ def evaluate(
     model = accelerator.unwrap_model(model)
     model.eval()
     rounds = -(-len(loader) // accelerator.num_processes)
-    sums = Sums(accelerator, run.width)
+    sums = Sums(accelerator, run.metrics)
     rows = []
-    progress = Progress(
-        accelerator,
-        "Test: ",
-        rounds,
-        args.print_freq,
-        show_data=False,
-        batch_size=loader.batch_size * accelerator.num_processes,
-    )
+    progress = Progress(accelerator, "Test: ", rounds, args.print_freq, show_data=False)
     for step, batch in progress.steps(loader.epoch(0)):
         logits = model(batch.images)
         losses = F.cross_entropy(logits, batch.targets, reduction="none")
         rows.append(batch_sums(logits, batch.targets, losses, batch.weights))
+        sums.mark()
         sums.update(rows[-1], step)
-        if progress.tick(step) and step < len(loader) // accelerator.num_processes:
-            progress.display(step, *map(Statistics.from_sums, sums.read(refuse_nan=False)))
+        is_due = progress.tick(step, batch.size * accelerator.num_processes)
+        if is_due and step < len(loader) // accelerator.num_processes:
+            progress.display(step, *sums.read(refuse_nan=False))
         run.check()
     while len(rows) < rounds:  # a process without a batch in the last round
         rows.append(torch.zeros_like(sums.total))
         run.check()
-    # [processes, rounds, 5] to the order of the batches.
+    # [processes, rounds, sums] to the order of the batches.
     gathered = accelerator.gather(torch.stack(rows)[None]).cpu()
-    return Statistics.from_sums(gathered.transpose(0, 1).flatten(0, 1).sum(0).tolist())
+    return sums.means(gathered.transpose(0, 1).flatten(0, 1).sum(0))
 
 
 if __name__ == "__main__":

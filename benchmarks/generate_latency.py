@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lm_generate
 from engine.cli import ArgumentParser, UserError, positive_int
 from engine.exits import run_script
-from word_language_model.model import build_model
-from word_language_model.settings import ModelSpec, check_spec
+from word_language_model.model import build_model, model_class
+from word_language_model.settings import ModelSpec
 
 SAMPLES = 10  # of the reference's words, on the way to each length but the first
 
@@ -72,7 +72,7 @@ def main() -> None:
     sizes = {name: getattr(args, name) for name in reference_lm.SIZES}
     rows: list[Row] = []
     for model in args.model:
-        check_spec(spec_of(model, sizes), lm_generate.DEFAULT_BPTT)
+        model_class(model).check(spec_of(model, sizes), lm_generate.DEFAULT_BPTT)
         options = {"model": model, "sizes": sizes, "lengths": lengths}
         size = args.emsize if model == "Transformer" else args.nhid
         bound = {"words": args.words, "size": size, "lengths": lengths}

@@ -12,6 +12,7 @@ is measured.
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,13 +25,12 @@ from reference_lm import EVAL_COLUMNS, MODELS
 from rounds import Round, Row
 
 import lm_main
-from engine.checkpoints import Checkpoint
 from engine.cli import ArgumentParser, positive_int
 from engine.exits import run_script
-from engine.launch import build_accelerator, emulates_bf16, keep_freed_memory
-from engine.seeds import use_deterministic_kernels
-from word_language_model.settings import ModelSpec, check_spec
-from word_language_model.training import make_run, set_up, settle
+from engine.launch import emulates_bf16
+from word_language_model.data import Corpus
+from word_language_model.model import model_class
+from word_language_model.settings import ModelSpec
 
 WORK = ("training", "validation")
 
@@ -53,25 +53,22 @@ def kit(
     Args:
         columns: of all processes.
     """
-    accelerator = build_accelerator(broadcast_buffers=False)
-    keep_freed_memory(2**30)
-    use_deterministic_kernels(True)
     flags = ["--model", model, "--batch-size", str(columns), "--bptt", str(bptt)]
     flags += ["--lr", str(reference_lm.LR[model]), "--nhead", str(reference_lm.NHEAD)]
     flags += [f"--{name}={size}" for name, size in sizes.items() if name != "words"]
     flags += ["--compile"] * compiled
-    parser = lm_main.make_parser()
-    args = parser.parse(flags)
-    run = make_run(accelerator, args)
-    spec = settle(parser, args, Checkpoint(), accelerator)._replace(words=sizes["words"])
-    text = reference_lm.text(steps, columns, bptt, sizes["words"])
-    network, optimizer, text = set_up(run, spec, text, args, Checkpoint())
+    with tempfile.TemporaryDirectory() as folder:  # in which this run writes nothing
+        run, args, checkpoint = lm_main.begin([*flags, "--save", f"{folder}/model.pt"])
+    tokens = reference_lm.text(steps, columns, bptt, sizes["words"]).t().flatten()
+    words = [f"word{number}" for number in range(sizes["words"])]
+    corpus = Corpus(Path(), words, tokens, tokens, tokens)
+    network, optimizer, text = lm_main.build(run, corpus, args, checkpoint)
     step = lm_main.training_step(run, network, optimizer, args)
 
     def epoch() -> object:
         if work == "validation":
             return lm_main.evaluate(run, network, text, args)
-        run.step, run.values["hidden"] = 0, ()  # every round is the first epoch
+        run.step, run.state["hidden"] = 0, ()  # every round is the first epoch
         return lm_main.train_epoch(run, network, step, text, args)
 
     return lambda: [steps * bptt * columns / rounds.seconds(epoch)]
@@ -98,7 +95,7 @@ def main() -> None:
     rows: list[Row] = []
     notes: list[str] = []
     for model in args.model:
-        check_spec(spec_of(model, sizes), args.bptt)
+        model_class(model).check(spec_of(model, sizes), args.bptt)
         for work in args.only:
             columns = args.batch_size if work == "training" else EVAL_COLUMNS
             options = {"model": model, "sizes": sizes, "columns": columns, "bptt": args.bptt}

@@ -27,18 +27,15 @@ from rounds import Contestant, Round, Row
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import resnet_main
-from engine.checkpoints import Checkpoint
 from engine.cli import ArgumentParser, positive_int
 from engine.exits import run_script
-from engine.launch import build_accelerator, emulates_bf16, keep_freed_memory
-from engine.seeds import use_deterministic_kernels
+from engine.launch import emulates_bf16
 from image_classification.cache import decoded_images, small_side
-from image_classification.data import DecodedImages, ImageFiles
+from image_classification.data import DecodedImages, ImageFiles, find_data
 from image_classification.folders import Split, find_images
 from image_classification.model import build_model
 from image_classification.settings import DEFAULT, STEMS, ModelSpec, has_stem
 from image_classification.sources import resolve
-from image_classification.training import EVAL_BATCH_SIZE, find_data, make_run, set_up, settle
 
 KIT = Path(__file__).resolve().parent.parent
 WORK = ("training", "validation", "loading", "start")
@@ -48,19 +45,15 @@ SMALLEST = "squeezenet1_1"  # the model of the loading row, which measures the l
 
 def kit(work: str, flags: list[str], rows: list[int], compiled: bool = False) -> Round:
     """Images a second over those of number `rows`, set up as resnet_main.main does."""
-    accelerator = build_accelerator(deterministic=False)
-    use_deterministic_kernels(False)
-    keep_freed_memory(2**25)
-    parser = resnet_main.make_parser()
-    args = parser.parse([*flags, "--seed", "0", *["--compile"] * compiled])
-    run = make_run(accelerator, args)
-    settle(parser, args, Checkpoint(), accelerator)
-    data = find_data(accelerator, args)
+    with tempfile.TemporaryDirectory() as folder:  # in which this run writes nothing
+        flags = [*flags, "--output-dir", folder, *["--compile"] * compiled]
+        run, args, checkpoint = resnet_main.begin(flags)
+    data = find_data(run.accelerator, args)
     if work == "validation":
         data = data._replace(val=subset(data.val, rows, args, train=False))
     else:
         data = data._replace(train=subset(data.train, rows, args, train=True))
-    model, optimizer, train_loader, val_loader = set_up(run, data, args, Checkpoint())
+    model, optimizer, train_loader, val_loader = resnet_main.build(run, data, args, checkpoint)
     step = resnet_main.training_step(run, model, optimizer, args)
 
     def epoch() -> object:
@@ -159,7 +152,9 @@ def main() -> None:
         loader = {
             "folder": str(folders.root / "train"),
             "samples": [(split.paths[row], split.targets[row]) for row in rows],
-            "batch_size": args.batch_size if train else min(args.batch_size, EVAL_BATCH_SIZE),
+            "batch_size": args.batch_size
+            if train
+            else min(args.batch_size, resnet_main.EVAL_BATCH_SIZE),
             "image_size": args.image_size,
             # The kit validates small images whole.
             "side": args.image_size if small else round(args.image_size * 256 / 224),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import contextlib
 import os
@@ -22,10 +23,12 @@ from engine.files import whole_or_absent
 
 # What DistributedDataParallel, torch.compile and Lightning put before all names of a model.
 PREFIXES = ("module.", "_orig_mod.", "model.")
+# Under which key programs keep weights; the first that a file has.
+WEIGHT_KEYS = ("state_dict", "model", "model_state_dict", "net")
 
-
-# How an optimizer computes, which is for this machine to say and not for the checkpoint's.
-KERNELS = ("foreach", "fused", "capturable", "differentiable", "maximize")
+# Options of an optimizer that a resumed run keeps as it has set them itself: its kernels suit this
+# machine, and a CUDA graph reads the rate from a tensor.
+OWN_OPTIONS = ("lr", "foreach", "fused", "capturable", "differentiable", "maximize")
 
 
 class Checkpoint(dict[str, Any]):
@@ -91,10 +94,11 @@ class Checkpoint(dict[str, Any]):
         state = self.value("optimizer", dict)
         if not state:
             return
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's has it within
         try:
-            # Before the load: on which device AdamW's `step` has to be depends on them.
+            # Before the load, in which torch puts AdamW's `step` on the device that they want.
             pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
-            groups = [{**its, **{k: own[k] for k in KERNELS if k in own}} for its, own in pairs]
+            groups = [{**its, **{k: own[k] for k in OWN_OPTIONS if k in own}} for its, own in pairs]
             optimizer.load_state_dict({**state, "param_groups": groups})
             for group in optimizer.param_groups:
                 if missing := optimizer.defaults.keys() - group.keys():
@@ -164,7 +168,8 @@ class Writer:
     A failure is raised by the next call of any method. Leaving the context waits.
 
     Args:
-        resumed: the file that the run goes on from; another run's previous one is not kept.
+        resumed: the file that the run goes on from. If it is not `latest`, the file at `latest`
+            is another run's and is not kept as `previous`.
     """
 
     def __init__(self, latest: Path, resumed: Path | None) -> None:
@@ -247,8 +252,8 @@ def newest_whole(paths: Sequence[Path]) -> Path:
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU: the kit's, the original's, or weights under other keys.
 
-    Those are a bare state dict, also as safetensors, and torchvision's references, which save the
-    weights as `model`.
+    Those are a bare state dict, also as safetensors, and what other programs write: torchvision's
+    references (`model`), Lightning, `model_state_dict`, `net`.
 
     Raises:
         UserError: a file that is missing, cut, damaged, not a checkpoint, or that holds code.
@@ -264,35 +269,83 @@ def load(path: Path) -> Checkpoint:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Plain values in an object: torchvision's references keep their flags so.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise checkpoint.error(
-            "holds more than tensors and plain values, or is no checkpoint; loading it could run "
-            "code, so nothing was loaded: re-save its state_dict() alone with the program that "
-            "wrote it"
+            _other_kind(path)
+            or "holds more than tensors and plain values, or is no checkpoint; loading it could "
+            "run code, so nothing was loaded. If you trust it, this turns it into weights: python -c "
+            f"\"import torch; m = torch.load('{path}', weights_only=False); "
+            "torch.save(getattr(m, 'state_dict', lambda: m['state_dict'])(), 'weights.pth')\""
         ) from error
     # A cut or damaged file fails in whichever layer meets the damage first, with its exception.
     except Exception as error:
         spoken = isinstance(error, (OSError, RuntimeError, ValueError, zipfile.BadZipFile))
         reason = f": {error}".splitlines()[0] if spoken else ""
-        raise checkpoint.error(f"damaged, cut, or no checkpoint{reason}") from error
-    if isinstance(content, dict) and "state_dict" not in content:
-        if isinstance(content.get("model"), dict):
-            content["state_dict"] = content.pop("model")
-        else:
-            content = {"state_dict": content}
-    state = content["state_dict"] if isinstance(content, dict) else None
-    if not (isinstance(state, dict) and state and all(map(_is_weight, state, state.values()))):
-        raise checkpoint.error("holds no state_dict of named tensors")
-    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in state)), None):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    # DataParallel around `features` alone, as the original wraps AlexNet and VGG.
-    state = {name.replace("features.module.", "features."): t for name, t in state.items()}
-    checkpoint.update(content, state_dict=state)
+        kind = _other_kind(path)
+        raise checkpoint.error(kind or f"damaged, cut, or no checkpoint{reason}") from error
+    state = _find_weights(checkpoint, content)
+    checkpoint.update(content if state is not content else {}, state_dict=_unwrapped(state))
     best = checkpoint.get("best_acc1")
     if torch.is_tensor(best) and best.numel() == 1:  # as the original has it
         checkpoint["best_acc1"] = best.item()
+    if "lr_scheduler" in checkpoint and isinstance(checkpoint.get("epoch"), int):
+        checkpoint["epoch"] += 1  # torchvision's references count the last one that is done
     return checkpoint
+
+
+# The first bytes of files that people take for checkpoints, and what these are.
+OTHER_FILES = {
+    b"\x89HDF": "is an HDF5 file, of Keras perhaps, whose networks are others than torchvision's",
+    b"\x1f\x8b": "is an archive: unpack it (tar -xf, or gunzip), and name the file in it",
+    b"version https://git-lfs": "is the pointer to a file in git LFS: `git lfs pull` fetches it",
+    b"<": "is a web page: the download has gone wrong",
+}
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a file is that is no checkpoint, where that can be told."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    except Exception:  # of a damaged file, which has been met before
+        return None
+    if any(name.endswith("/constants.pkl") for name in names):
+        return (
+            'is a TorchScript program. This turns it into weights: python -c "import torch; '
+            f"torch.save(torch.jit.load('{path}').state_dict(), 'weights.pth')\""
+        )
+    if names and not any("/data/" in name or name.endswith("/version") for name in names):
+        return "is a zip archive: unpack it, and name the file in it"
+    return next((what for magic, what in OTHER_FILES.items() if head.startswith(magic)), None)
+
+
+def _find_weights(checkpoint: Checkpoint, content: Any) -> dict[str, torch.Tensor]:
+    """The state dict in what a file holds, or what is one itself."""
+    found: list[dict[str, torch.Tensor]] = []
+    if isinstance(content, dict):
+        found = [content[key] for key in WEIGHT_KEYS if _are_weights(content.get(key))]
+        found = found or [value for value in content.values() if _are_weights(value)][:1]
+    if found:
+        return found[0]
+    if _are_weights(content):
+        return content  # type: ignore[no-any-return]
+    keys = f" (it has {', '.join(map(str, [*content][:5]))})" if isinstance(content, dict) else ""
+    raise checkpoint.error(f"holds no state_dict of named tensors{keys}")
+
+
+def _are_weights(state: object) -> bool:
+    return isinstance(state, dict) and bool(state) and all(map(_is_weight, state, state.values()))
+
+
+def _unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    # DataParallel around `features` alone, as the original wraps AlexNet and VGG.
+    return {name.replace("features.module.", "features."): t for name, t in state.items()}
 
 
 def _is_weight(name: object, tensor: object) -> bool:

@@ -40,6 +40,7 @@ class ArgumentParser(argparse.ArgumentParser):
             description=doc.splitlines()[0],
             epilog=f"examples:\n{examples[0]}" if examples else None,
             formatter_class=_HelpWithDefaults,
+            allow_abbrev=False,  # batch scripts look for whole flags
         )
         self.settings = settings
 
@@ -56,18 +57,25 @@ class ArgumentParser(argparse.ArgumentParser):
         path: Path | None,
         say: Callable[[str], None],
         fixed: Collection[str] = (),
-    ) -> None:
+        remedy: str = "",
+    ) -> list[str]:
         """Give every setting its value: the flag's, else the checkpoint's, else the default.
 
         Args:
             found: the settings that the checkpoint at `path` holds; None is no value.
             say: prints a line, for a flag that differs from the checkpoint.
-            fixed: settings that the checkpoint decides even when a flag says otherwise.
+            fixed: settings that no flag can change.
+            remedy: what to do about a flag that would.
+
+        Returns:
+            The flags that differ from the checkpoint.
 
         Raises:
-            UserError: a value in the checkpoint that its flag would not take.
+            UserError: a flag that differs from a `fixed` setting, or a value in the checkpoint that
+                its flag would not take.
         """
         actions = {action.dest: action for action in self._actions}
+        changed = []
         for name in self.settings:
             asked, value = getattr(args, name), found.get(name)
             if value is None:
@@ -75,10 +83,10 @@ class ArgumentParser(argparse.ArgumentParser):
             elif asked is not None and asked != value:
                 flag = f"--{name.replace('_', '-')}"
                 if name in fixed:
-                    say(f"=> {path} has {name} {value}: {flag} {asked} is ignored")
-                else:
-                    say(f"=> {path} was trained with {flag} {value}, this run has {asked}")
-                    value = asked
+                    raise UserError(f"{path} has {name} {value}, not {asked}: {remedy}")
+                say(f"=> {path} was trained with {flag} {value}, this run has {asked}")
+                changed.append(f"{flag} {asked}")
+                value = asked
             else:
                 try:
                     value = (
@@ -88,6 +96,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 except argparse.ArgumentError as error:
                     raise UserError(f"checkpoint {path}: {name} is {value!r}: damaged") from error
             setattr(args, name, value)
+        return changed
 
 
 def nonempty(text: str) -> str:

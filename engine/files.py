@@ -116,7 +116,16 @@ def _remove(path: Path) -> None:
 
 
 def built_in(place: Path) -> Path:
-    """Where built-in data lies: at `place`, or in the temporary folder when that is read-only."""
+    """Where built-in data lies: at `place`, or in the temporary folder when that is read-only.
+
+    Raises:
+        UserError: the name `sample` may mean a folder of the user's as well.
+    """
+    if Path("sample").is_dir():
+        raise UserError(
+            "a folder sample is here, and `sample` means the built-in data: name ./sample, or "
+            "rename that folder"
+        )
     above = next(folder for folder in place.absolute().parents if folder.exists())
     if place.exists() or os.access(above, os.W_OK):
         return place

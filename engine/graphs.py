@@ -29,12 +29,14 @@ def can_use_graphs(accelerator: Accelerator) -> bool:
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Have SGD update all weights in one kernel that reads its learning rate on the device.
+    """Have an optimizer read its learning rate, and the steps that it counts, on the device.
 
-    A Python number would be baked into the graph at its capture.
+    A Python number would be baked into the graph at its capture. SGD then updates all weights in
+    one kernel.
     """
     for group in optimizer.param_groups:
-        group.update(fused=True, foreach=False, lr=torch.tensor(float(group["lr"]), device=device))
+        kernels = {"capturable": True} if "capturable" in group else {"fused": True}
+        group.update(kernels, foreach=False, lr=torch.tensor(float(group["lr"]), device=device))
 
 
 class _Captured(NamedTuple):

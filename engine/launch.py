@@ -52,15 +52,13 @@ class _Accelerator(Accelerator):  # type: ignore[misc]  # untyped
             print(*args, **kwargs)
 
 
-def build_accelerator(deterministic: bool = True, broadcast_buffers: bool = True) -> Accelerator:
+def build_accelerator(broadcast_buffers: bool = True) -> Accelerator:
     """Build the Accelerator that runs exactly what was asked for, or raise `UserError`.
 
     Accelerate itself starts fewer processes than a YAML names (`MULTI_CPU`), or starts them
     unconnected (`MULTI_GPU` without GPUs), and says nothing.
 
     Args:
-        deterministic: whether a resumed run on several GPUs has to sum gradients in the order
-            of an undisturbed one. On a CPU it always does.
         broadcast_buffers: whether buffers change in training, and so have to be the same on all
             processes before each step.
     """
@@ -103,11 +101,7 @@ def build_accelerator(deterministic: bool = True, broadcast_buffers: bool = True
             cpu=cpu,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=ANSWER_WITHIN),
-                # Otherwise DistributedDataParallel re-orders its buckets after a process's first
-                # step, and its sums with them, so that a resumed run would end with other bits.
-                DistributedDataParallelKwargs(
-                    find_unused_parameters=cpu or deterministic, broadcast_buffers=broadcast_buffers
-                ),
+                DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers),
             ],
         )
     except (ValueError, RuntimeError) as error:

@@ -11,6 +11,8 @@ from accelerate import Accelerator
 
 from engine.cli import UserError
 
+Means = dict[str, float]  # by the metrics' names
+
 
 def diverged(epoch: int, step: int) -> UserError:
     return UserError(
@@ -24,18 +26,26 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def step_sums(loss: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    """What `Sums` adds up of a step: `loss`, the `others`, and 1 if the loss is finite, else 0."""
-    return torch.stack([loss, *others, loss.isfinite()]).to(sum_dtype(loss.device))
+    """What `Sums` adds up of a step, in one kernel.
+
+    Args:
+        loss: the sum of the samples' losses.
+        others: the sums of the other metrics, in the order of their names, and the number of
+            samples.
+
+    Returns:
+        [1 if the loss is finite, else 0; loss; *others]
+    """
+    return torch.stack([loss.isfinite(), loss, *others]).to(sum_dtype(loss.device))
 
 
 class Sums:
-    """Sums over an epoch, on the device; reading them is the only synchronisation.
+    """Sums of an epoch over its samples, on the device; reading them is the only synchronisation.
 
     `update` is one kernel of a GPU, and `step_sums` can be part of the graph of a step.
 
     Args:
-        width: how many sums, without the one of finite losses.
-        average: whether the figure of all processes is the mean of theirs, rather than the sum.
+        metrics: their names, the loss first.
         epoch: as lines number it.
         carried: what `carry` returned in the run that this one continues.
     """
@@ -43,52 +53,58 @@ class Sums:
     def __init__(
         self,
         accelerator: Accelerator,
-        width: int,
-        average: bool = False,
+        metrics: Sequence[str],
         epoch: int = 0,
         carried: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        self.accelerator, self.average, self.epoch = accelerator, average, epoch
-        self.width = width
+        self.accelerator, self.metrics, self.epoch = accelerator, metrics, epoch
         self.first, self.steps = 0, 0  # the step of the first update, and how many there were
         kind = sum_dtype(accelerator.device)
-        self.total = torch.zeros(width + 1, device=accelerator.device, dtype=kind)
+        self.total = torch.zeros(len(metrics) + 2, device=accelerator.device, dtype=kind)
         if carried is not None:
             rows = torch.tensor(carried, dtype=kind, device=accelerator.device)
             if len(rows) == accelerator.num_processes:
-                self.total[:width] += rows[accelerator.process_index]
-            elif average:
-                self.total[:width] += rows.mean(0)
+                self.total[1:] += rows[accelerator.process_index]
             elif accelerator.is_main_process:
-                self.total[:width] += rows.sum(0)
-        self.last = torch.zeros_like(self.total)
+                self.total[1:] += rows.sum(0)
+        self.marked = self.total
+
+    def mark(self) -> None:
+        """Begin what `read` returns beside the epoch's means."""
+        self.marked = self.total
 
     def update(self, values: torch.Tensor, step: int) -> None:
         """Add this process's `values` of `step`, from `step_sums`."""
         self.first = step - self.steps
         self.steps += 1
-        self.last = values
         self.total = self.total + values
 
-    def read(self, refuse_nan: bool = True) -> tuple[list[float], list[float]]:
-        """The last step's values and the sums so far, over all processes.
+    def read(self, refuse_nan: bool = True) -> tuple[Means, Means]:
+        """The means since `mark` and those of the epoch so far, over all processes.
 
         Raises:
             UserError: a step whose loss was not finite, if `refuse_nan`.
         """
-        rows = self.accelerator.gather(torch.cat([self.last, self.total])[None]).cpu()
+        both = torch.stack([self.total - self.marked, self.total])
+        rows = self.accelerator.gather(both[None]).cpu()
         # A loss that is not finite makes the weights NaN, and with them all later losses. (Where
         # fp16's loss scale skips that update, the step named is a later one.)
-        finite = int(rows[:, -1].min())
+        finite = int(rows[:, 1, 0].min())
         if finite < self.steps and refuse_nan:
             raise diverged(self.epoch, self.first + finite)
-        figures: list[float] = (rows.mean(0) if self.average else rows.sum(0)).tolist()
-        return figures[: self.width], figures[self.width + 1 : -1]
+        since, total = rows.sum(0)
+        return self.means(since), self.means(total)
+
+    def means(self, sums: torch.Tensor) -> Means:
+        """The mean of each metric, from sums as `step_sums` has them."""
+        _, *values, count = sums.tolist()
+        return {
+            name: value / max(count, 1.0) for name, value in zip(self.metrics, values, strict=True)
+        }
 
     def carry(self) -> list[list[float]]:
         """The sums of every process, for the checkpoint of an unfinished epoch."""
-        mine = self.total[None, : self.width].contiguous()
-        rows: list[list[float]] = self.accelerator.gather(mine).tolist()
+        rows: list[list[float]] = self.accelerator.gather(self.total[None, 1:]).tolist()
         return rows
 
 

@@ -6,7 +6,7 @@ A job trains inside `Run.training` and tells the run of every step and every epo
     with run.training(contents):
         for epoch in run.epochs(args.epochs):
             ...                             # run.begin_epoch, and run.end_of_step after each step
-            run.end_of_epoch({"Loss/train": ..., "Loss/val": ...}, is_best)
+            run.end_of_epoch({"Loss/train": ..., "Loss/val": ...}, figure)
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ from engine.cli import UserError
 from engine.exits import Stopped
 from engine.files import Named, check_outputs, lock, same_place, writing
 from engine.launch import ANSWER_WITHIN, set_patience
-from engine.metrics import Curves, Sums, diverged, has_points
+from engine.metrics import Curves, Means, Sums, diverged, has_points
 from engine.preemption import Preemption
 from engine.streams import fall_back_to_stderr
 
-# Seconds in which a run that was told to stop writes its checkpoint: its launcher may be gone
-# before it, and a batch script start the next one.
+# Seconds that a restart waits for the lock: the old run may still be saving.
 PATIENCE = 30.0
 
 
@@ -46,33 +45,35 @@ class Run:
 
     accelerator: Accelerator
     latest: Path  # where the state of the run is saved
-    best: Path  # where the best epoch is kept as well
+    best: Path  # where the best epoch is kept as well, in the same folder
     log_dir: Path  # of TensorBoard
     flag: str  # which chooses `latest` and `best`
-    values: dict[str, Any]  # what only the job keeps: plain values, under its checkpoint's keys
-    figure: str  # which of them says how good the best epoch is
-    best_of: Callable[[Path], Path]  # where the run whose state is at a path keeps its best epoch
-    width: int  # number of sums
-    former: Path | None = None  # where earlier versions of the kit kept `latest`
-    average: bool = False  # see `Sums`
+    metrics: Sequence[str]  # what a training step sums, the loss first
+    figure: str  # the checkpoint's key of the figure that tells which epoch is the best
+    best_figure: float  # at the start, a value that any epoch's figure is better than
     first_epoch: int = 0  # how the job numbers its first epoch, in lines and curves
     checkpoint_every: int = 0  # steps within an epoch; 0 for its end only
-    is_dry: bool = False  # whether it keeps nothing
     epoch: int = 0  # epochs that are done, and so the number, from 0, of the one under way
     step: int = 0  # steps that are done in it
+    batches: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `resume`
+    changed: Sequence[str] = ()  # flags that differ from the checkpoint
+    measured_on: str = ""  # identifies the data that the best figure is of
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)  # what only the job keeps
     sums: Sums | None = None  # of the epoch under way
     graphed: bool = False  # whether its steps are replayed as CUDA graphs
     stopped: Stopped | None = None  # what ended the training before its last epoch
     resumed: Path | None = None  # the checkpoint that the run goes on from
+    theirs: Path = Path()  # where the run of that checkpoint keeps its best epoch
     is_own: bool = False  # whether that is one of this run's own files
     is_best: bool = False  # whether it holds the best epoch
+    has_trained: bool = False  # whether the training, not only an evaluation, has begun
     locks: Sequence[IO[str] | None] = ()  # what keeps another run away, on the main process
     carried: list[list[float]] | None = None  # sums of its unfinished epoch
     writer: Writer | None = None  # within `training`
 
     def __post_init__(self) -> None:
         self.preemption = Preemption(self.accelerator)
-        self.no_figure = self.values[self.figure]  # before the first epoch's end
+        self.no_figure = self.best_figure
 
     @property
     def number(self) -> int:
@@ -102,8 +103,8 @@ class Run:
 
         Raises:
             UserError: what `check_outputs` refuses; another run that is under way here; a fresh
-                start where a run is, unless `overwrite`; for `auto` checkpoints that are all
-                damaged, or none, and the command evaluates.
+                start where a run is, unless `overwrite`; another run's curves; for `auto`
+                checkpoints that are all damaged, or none, and the command evaluates.
         """
         answer: list[Any] = [None, False]
         # The main process decides: the others may see an older state of a network disk.
@@ -131,14 +132,28 @@ class Run:
             check_outputs(outputs, inputs=inputs)
             return
         own = [(self.flag, path) for path in self.files]
-        logs = [] if self.is_dry else [("--log-dir", self.log_dir)]
-        check_outputs([*own, *outputs], logs, inputs)
-        if not self.is_dry:
-            place = Path(os.path.realpath(self.latest))
-            locks = {place.with_name(f".{place.name}.lock"): self.flag}
-            locks[self.log_dir / ".lock"] = "--log-dir"
-            patience = PATIENCE if is_auto else 0
-            self.locks = [lock(path, flag, patience) for path, flag in locks.items()]
+        check_outputs([*own, *outputs], [("--log-dir", self.log_dir)], inputs)
+        place = Path(os.path.realpath(self.latest))
+        locks = {place.with_name(f".{place.name}.lock"): self.flag}
+        locks[self.log_dir / ".lock"] = "--log-dir"
+        patience = PATIENCE if is_auto else 0
+        self.locks = [lock(path, flag, patience) for path, flag in locks.items()]
+        self._refuse_curves_of_others()
+
+    @property
+    def owner_note(self) -> Path:
+        """A file in the log folder that says whose curves lie there."""
+        return self.log_dir / ".run"
+
+    def _refuse_curves_of_others(self) -> None:
+        if not (self.owner_note.is_file() and has_points(self.log_dir)):
+            return
+        owner = self.log_dir / os.fsdecode(self.owner_note.read_bytes())
+        if owner.exists() and not same_place(owner, self.latest):
+            raise UserError(
+                f"--log-dir {self.log_dir} has the curves of {os.path.normpath(owner)}: choose "
+                "another for this run"
+            )
 
     def _find(
         self, asked: Path | None, evaluates: bool, overwrite: bool
@@ -149,36 +164,19 @@ class Run:
         if str(asked) != "auto":
             is_own = asked is not None and any(same_place(asked, path) for path in there)
             there += [self.log_dir] if has_points(self.log_dir) else []
-            if there and not (is_own or evaluates or overwrite or self.is_dry):
+            if there and not (is_own or evaluates or overwrite):
                 flag = "--log-dir" if there[0] == self.log_dir else self.flag
                 raise UserError(
                     f"{there[0]} is of an earlier run: --resume auto goes on with it, --overwrite "
                     f"replaces it, and another {flag} leaves it alone"
                 )
             return asked, is_own
-        latest = [path for path in there if path != self.best] or self._formerly() or there
-        if latest:
+        if latest := [path for path in there if path != self.best] or there:
             return newest_whole(latest), True
         if evaluates:
             raise UserError(f"no checkpoint {self.latest} to evaluate: name one with --resume")
         print(f"=> no checkpoint {self.latest}: starting afresh")
         return None, False
-
-    def _formerly(self) -> list[Path]:
-        """The state of this run under the names of an earlier version, if `best` shows it."""
-        if self.former is None or not self.former.is_file():
-            return []
-        if not self._are_of_one_run(self.former, self.best):
-            print(f"=> {self.former} may be another run's: --resume {self.former} goes on from it")
-            return []
-        return [path for path in (self.former, previous_of(self.former)) if path.is_file()]
-
-    def _are_of_one_run(self, state: Path, best: Path) -> bool:
-        try:
-            figures = [load(path).get(self.figure) for path in (state, best)]
-        except UserError:
-            return False
-        return figures[0] is not None and figures[0] == figures[1]
 
     def resume(
         self,
@@ -186,36 +184,60 @@ class Run:
         optimizer: torch.optim.Optimizer,
         steps: int,
         batches: Mapping[str, Any],
+        epochs: int,
     ) -> None:
         """Take up the run that `checkpoint` holds; one that holds only weights starts anew.
 
         Args:
+            checkpoint: empty for a new run.
+            optimizer: as `prepare` returned it.
             steps: of an epoch.
-            batches: what the batches of an epoch depend on, under the checkpoint's keys.
+            batches: what the batches of an epoch depend on, `trained_on` for the data among them;
+                it is part of every checkpoint.
+            epochs: to train in all.
 
         Raises:
-            UserError: damaged values, or a checkpoint within an epoch of other batches.
+            UserError: damaged values, a checkpoint within an epoch of other batches, or flags that
+                can change nothing, since all epochs are done.
         """
+        self.batches = batches
+        if not checkpoint:
+            return
         for name in ("epoch", "step"):
             number = checkpoint.value(name, int)
             setattr(self, name, getattr(self, name) if number is None else number)
         for name, value in batches.items() if self.step else ():
-            if checkpoint.get(name) != value:
+            if (found := checkpoint.get(name)) != value:
+                pair = f"{name} {found}, and this run has {value}"
                 raise checkpoint.error(
-                    f"lies within an epoch of {name} {checkpoint.get(name)}, and this run has "
-                    f"{value}: resume it as it was, or from the end of an epoch"
+                    f"lies within an epoch of {pair if name != 'trained_on' else 'other data'}: "
+                    "resume it as it was, or from the end of an epoch"
                 )
         if self.epoch < 0 or not 0 <= self.step <= steps:
             raise checkpoint.error(f"epoch {self.epoch}, step {self.step} of {steps}: damaged")
-        self.carried = checkpoint.sums(self.width)
+        if self.changed and self.epoch >= epochs:
+            raise checkpoint.error(
+                f"its {self.epoch} epochs are done, and {' '.join(self.changed)} would change "
+                f"nothing: raise --epochs, or begin anew (--overwrite, or another {self.flag})"
+            )
+        self.carried = checkpoint.sums(1 + len(self.metrics))
         checkpoint.load_optimizer(optimizer)
         self.resumed = checkpoint.path
-        # Earlier versions did not say it in the file.
-        by_name = not self.step and "checkpoint" not in self.resumed.name
-        self.is_best = self.figure in checkpoint and checkpoint.get("is_best", by_name) is True
+        self.theirs = self.resumed.with_name(checkpoint.value("best_file", str) or "")
         self.accelerator.print(
             f"=> loaded checkpoint '{self.resumed}' (epoch {self.epoch}, step {self.step})"
         )
+        best = checkpoint.value(self.figure, (int, float))
+        if best is None or best == self.no_figure:
+            return
+        if checkpoint.get("measured_on") == self.measured_on:
+            self.best_figure = best
+            self.is_best = checkpoint.get("is_best") is True
+        else:
+            self.accelerator.print(
+                f"=> its {self.figure} {best:.3f} was measured on other validation data, or at "
+                "another size: this run has no best epoch yet"
+            )
 
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -226,9 +248,6 @@ class Run:
             # Torch 2.15 has another name for it, which 2.11 and Accelerate do not know.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        for state in self.optimizer.state.values():
-            if "step" in state:  # AdamW's count, which torch reads on the CPU
-                state["step"] = state["step"].cpu()
         return self.model, self.optimizer
 
     @contextlib.contextmanager
@@ -238,8 +257,13 @@ class Run:
         Args:
             contents: what the job adds to a checkpoint; every process calls it.
         """
-        self.contents = contents
+        self.contents, self.has_trained = contents, True
         self.curves = Curves(self.accelerator, self.log_dir, self.number)
+        if self.accelerator.is_main_process:
+            # Relative: a run can be moved together with its curves.
+            owner = os.fsencode(os.path.relpath(self.latest, self.log_dir))
+            with writing(self.owner_note) as temporary:
+                temporary.write_bytes(owner)
         try:
             with Writer(self.latest, self.resumed) as self.writer, self.preemption.deferred():
                 self._carry_best()
@@ -252,20 +276,38 @@ class Run:
         """Take the best epoch so far along when the run goes on from another place."""
         if self.resumed is None or self.is_own:
             return
-        source = self.best_of(self.resumed)
         if self.is_best:
             self.save(self.best)
         elif not self.accelerator.is_main_process:
             return
-        elif source != self.resumed and self._are_of_one_run(self.resumed, source):
+        elif self.has_best and self.holds_best(self.theirs):
             with writing(self.best) as temporary:
-                shutil.copyfile(source, temporary)
+                shutil.copyfile(self.theirs, temporary)
         else:
             self.best.unlink(missing_ok=True)  # of another run, which --overwrite replaces
-            if self.values[self.figure] != self.no_figure:
+            if self.has_best:
                 print(
                     f"=> {self.resumed} is without its best epoch: {self.best} takes a better one"
                 )
+
+    @property
+    def has_best(self) -> bool:
+        """Whether an epoch has ended whose figure is of this run's data."""
+        return self.best_figure != self.no_figure
+
+    def holds_best(self, path: Path) -> bool:
+        """Whether the file at `path` is the best epoch of this run."""
+        try:
+            found = load(path)
+        except UserError:
+            return False
+        wanted = {self.figure: self.best_figure, "measured_on": self.measured_on}
+        return all(found.get(name) == value for name, value in wanted.items())
+
+    def is_better(self, figure: float) -> bool:
+        """Whether an epoch of this figure is the best so far: a first one, or the better of two."""
+        rises = self.no_figure < 0  # of an accuracy, where a loss begins at infinity
+        return figure > self.best_figure if rises else figure < self.best_figure
 
     def epochs(self, count: int) -> Iterator[int]:
         """The epochs that are left of `count`; each ends with `end_of_epoch`."""
@@ -275,6 +317,7 @@ class Run:
             yield self.epoch
 
     def set_learning_rate(self, lr: float) -> None:
+        """The rate of the steps that follow: for an epoch, or called before any step."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):  # which a CUDA graph reads
                 group["lr"].fill_(lr)
@@ -284,7 +327,7 @@ class Run:
     def begin_epoch(self, steps: int) -> Sums:
         """The sums of an epoch of `steps`: empty, or as they were where the epoch is taken up."""
         self.steps = steps
-        self.sums = Sums(self.accelerator, self.width, self.average, self.number, self.carried)
+        self.sums = Sums(self.accelerator, self.metrics, self.number, self.carried)
         self.carried = None
         return self.sums
 
@@ -321,14 +364,15 @@ class Run:
                 self.writer.wait()
                 # The first process to leave makes the launcher end the others.
                 self.accelerator.wait_for_everyone()
-                stopped.is_saved = True
                 self.accelerator.print(
                     f"=> epoch {self.epoch}, step {self.step}: saved to {self.latest}"
                 )
+            # After a training that has ended, too: --resume auto finds it, and goes on from there.
+            stopped.is_saved = self.has_trained and self.latest.is_file()
             raise
 
-    def end_of_training_steps(self) -> list[float]:
-        """The sums of the whole epoch; raises `UserError` when loss or weights are not finite."""
+    def end_of_training_steps(self) -> Means:
+        """The means of the whole epoch; raises `UserError` when loss or weights are not finite."""
         assert self.sums is not None
         self._refuse_overflow()
         if self.accelerator.num_processes > 1:
@@ -349,11 +393,12 @@ class Run:
         if not torch.stack(finite).all():
             raise diverged(self.number, self.step - 1)
 
-    def end_of_epoch(self, scalars: Mapping[str, float], is_best: bool) -> None:
+    def end_of_epoch(self, scalars: Mapping[str, float], figure: float) -> None:
         """Report the epoch, which is then done, and save the run, also as the best one so far.
 
         Args:
             scalars: TensorBoard's tags and the epoch's figures, `Loss/val` among them.
+            figure: what tells whether it is the best.
 
         Raises:
             UserError: when the validation loss is not finite; nothing is saved.
@@ -367,6 +412,9 @@ class Run:
         # and TensorBoard shows the later ones.
         self.curves.add(self.number, scalars)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, None
+        is_best = self.is_better(figure)
+        if is_best:
+            self.best_figure = figure
         self.save(*([self.best] if is_best else []))
 
     def save(self, *copies: Path) -> None:
@@ -374,7 +422,7 @@ class Run:
         assert self.writer is not None
         self._refuse_overflow()
         sums = self.sums.carry() if self.sums is not None else None
-        contents = {**self.values, **self.contents()}
+        contents = self.contents()
         if self.accelerator.is_main_process:
             optimizer = self.optimizer.state_dict()
             for group in optimizer["param_groups"]:
@@ -382,10 +430,14 @@ class Run:
             self.writer.save(
                 {
                     **contents,
+                    **self.batches,
                     "epoch": self.epoch,
                     "step": self.step,
                     "sums": sums,
+                    self.figure: self.best_figure,
+                    "measured_on": self.measured_on,
                     "is_best": bool(copies),
+                    "best_file": self.best.name,
                     "state_dict": self.accelerator.unwrap_model(self.model).state_dict(),
                     "optimizer": optimizer,
                 },

@@ -41,7 +41,14 @@ def agree_on_seed(accelerator: Accelerator, seed: int | None) -> int:
     return drawn[0]
 
 
-def use_deterministic_kernels(deterministic: bool) -> None:
-    """Choose cuDNN's kernels as the original does: repeatable with a seed, else the fastest."""
+def use_deterministic_kernels(accelerator: Accelerator, deterministic: bool) -> None:
+    """Choose kernels as the original does: repeatable with a seed, else cuDNN's fastest.
+
+    Before `Accelerator.prepare`.
+    """
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+    # DistributedDataParallel re-orders its buckets after a process's first step, and its sums with
+    # them, unless it looks for unused parameters. Without that a resumed run ends with other bits.
+    is_cpu = accelerator.device.type == "cpu"
+    accelerator.ddp_handler.find_unused_parameters = is_cpu or deterministic

@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Collection
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 
+from engine import checkpoints
 from engine.checkpoints import Checkpoint
+from engine.cli import ArgumentParser, UserError
 from image_classification.model import ARCHITECTURES, build_model, check_architecture
-from image_classification.settings import DEFAULT, STEMS, ModelSpec, has_stem
+from image_classification.settings import (
+    DEFAULT,
+    MODEL_SETTINGS,
+    SETTINGS,
+    STEMS,
+    ModelSpec,
+    has_stem,
+)
 
 LARGEST_SIZE = 4096  # pixels a side, of an image size that is not asked for by a flag
+
+
+# The last layers of torchvision's models.
+HEAD = re.compile(r"(fc|heads?|classifier)\.")
+# How torchvision's DenseNets were called before torch 0.4: norm.1.weight for norm1.weight.
+OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint of resnet_main.py, of the original, or others' of torchvision's models.
+
+    Raises:
+        UserError: what `checkpoints.load` refuses, and what is no classifier.
+    """
+    checkpoint = checkpoints.load(path)
+    if "vocabulary" in checkpoint:
+        raise checkpoint.error(f"holds the language model {checkpoint.get('model')}, no classifier")
+    state = checkpoint["state_dict"]
+    if not any(map(HEAD.match, state)):
+        # Lightning's names: those of the module's attributes, a loss with weights among them.
+        owners = {name.partition(".")[0] for name in state}
+        models = [owner for owner in owners if any(HEAD.match(n, len(owner) + 1) for n in state)]
+        if len(models) != 1:
+            raise checkpoint.error(
+                "has no fc, head, heads or classifier: not a model of torchvision"
+            )
+        prefix = f"{models[0]}."
+        state = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    checkpoint["state_dict"] = {OLD_DENSENET.sub(r"\1\2.", name): t for name, t in state.items()}
+    references = getattr(checkpoint.get("args"), "model", None)
+    if "arch" not in checkpoint and references in ARCHITECTURES:  # of torchvision's references
+        checkpoint["arch"] = references
+    return checkpoint
 
 
 def read_spec(checkpoint: Checkpoint, arch: str | None, stem: str | None) -> ModelSpec:
@@ -37,28 +82,38 @@ def read_spec(checkpoint: Checkpoint, arch: str | None, stem: str | None) -> Mod
     return ModelSpec(arch, stem, count_classes(checkpoint), size)
 
 
-def count_classes(checkpoint: Checkpoint) -> int:
-    """Outputs of the head, found by its name: a file may have its tensors in any order."""
-    state = checkpoint["state_dict"]
-    names = [name for name in state if re.match(r"(fc|heads?|classifier)\.", name)]
-    if "vocabulary" in checkpoint:
-        raise checkpoint.error(f"holds the language model {checkpoint.get('model')}, no classifier")
-    if not names:
-        raise checkpoint.error("has no fc, head, heads or classifier: not a model of torchvision")
+def _head(state: Iterable[str]) -> str:
+    """The name of the last layer; a file may have its tensors in any order."""
     # Of a classifier with several layers the one with the highest number.
-    head = state[max(names, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])]
-    if not head.dim() or not len(head):
+    names = filter(HEAD.match, state)
+    last = max(names, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+    return last.rpartition(".")[0]
+
+
+def count_classes(checkpoint: Checkpoint) -> int:
+    """Outputs of the head."""
+    weight = checkpoint["state_dict"].get(f"{_head(checkpoint['state_dict'])}.weight")
+    if weight is None or not weight.dim() or not len(weight):
         raise checkpoint.error("its head has no outputs: damaged")
-    return len(head)
+    return len(weight)
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
+def load_weights(
+    model: nn.Module, checkpoint: Checkpoint, arch: str, new_head: bool = False
+) -> list[str]:
     """Load a checkpoint's state dict.
+
+    Args:
+        new_head: keep the model's own head, for other classes.
+
+    Returns:
+        The names that keep their own values.
 
     Raises:
         UserError: when its names or shapes are not those of the model.
     """
     own = model.state_dict()
+    kept = [name for name in own if new_head and name.startswith(f"{_head(own)}.")]
     # torch before 0.4.1 did not count batches, which no figure depends on.
     state = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
     # googlenet and inception_v3 are built without their auxiliary heads.
@@ -67,7 +122,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
         for k, v in checkpoint["state_dict"].items()
         if k in own or not k.lower().startswith("aux")
     }
+    state |= {name: own[name] for name in kept}
     checkpoint.load_state(model, state, f"a {arch}; -a says what it is")
+    return kept
 
 
 def restore_model(
@@ -99,8 +156,65 @@ def refuse_other_classes(checkpoint: Checkpoint, classes: list[str]) -> None:
         raise checkpoint.error(f"knows class {first} where the dataset has {instead}")
 
 
-def read_settings(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, Any]:
-    """Those of the settings `names` that a checkpoint holds.
+def settle(
+    parser: ArgumentParser,
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    accelerator: Accelerator,
+) -> list[str]:
+    """Give every setting its value, and refuse those that do not go together.
+
+    Returns:
+        The flags that differ from the checkpoint.
+    """
+    found: dict[str, Any] = {}
+    if checkpoint:
+        spec = read_spec(checkpoint, args.arch, args.stem)
+        found = {**_read_settings(checkpoint), "arch": spec.arch, "stem": spec.stem}
+    elif args.origin:
+        found = read_spec(args.origin, args.arch, args.stem)._asdict()
+        found["image_size"] = args.origin.get("image_size")
+    asked_stem, asked_size = args.stem, args.image_size
+    # A run has its seed from the beginning; an evaluation draws nothing.
+    fixed = MODEL_SETTINGS if args.evaluate else (*MODEL_SETTINGS, "seed")
+    anew = ", or begin anew (--overwrite, or another --output-dir)"
+    changed = parser.settle(
+        args,
+        found,
+        args.resume or args.weights,
+        accelerator.print,
+        fixed,
+        f"leave the flag out{anew if args.resume and not args.evaluate else ''}",
+    )
+    args.seeded = args.seeded or checkpoint.get("seeded") is True
+    if not has_stem(args.arch):
+        if asked_stem is not None:
+            accelerator.print(f"=> {args.arch} is no ResNet: --stem {asked_stem} is ignored")
+        args.stem = None
+    is_foreign = bool(found) and found.get("image_size") is None
+    if args.pretrained and not checkpoint:
+        is_foreign = True
+        if asked_stem is None and args.stem:
+            args.stem = "stock"
+    if is_foreign and asked_size is None:
+        args.image_size = None  # the data decides
+    if args.evaluate:
+        return changed
+    if args.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"--batch-size {args.batch_size} is for all processes together and cannot be divided "
+            f"by {accelerator.num_processes}: use a multiple"
+        )
+    if args.sync_bn and accelerator.device.type == "cpu" and accelerator.num_processes > 1:
+        raise UserError(
+            "--sync-bn works on GPUs only (torch has no SyncBatchNorm for the CPU); --no-sync-bn "
+            "overrides a checkpoint's"
+        )
+    return changed
+
+
+def _read_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings that a checkpoint holds.
 
     In a checkpoint of the original, learning rate, momentum and weight decay are the optimizer's.
     """
@@ -110,4 +224,14 @@ def read_settings(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, A
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise checkpoint.error("its optimizer has no settings: damaged") from error
     group["lr"] = group.get("initial_lr")
-    return {name: checkpoint.get(name, group.get(name)) for name in names}
+    return {name: checkpoint.get(name, group.get(name)) for name in SETTINGS}
+
+
+def default_folder(accelerator: Accelerator, args: argparse.Namespace) -> Path:
+    """`output/<arch>-<cpu|cpu4|gpu1|gpu4>`: runs side by side under one `tensorboard --logdir`."""
+    arch = args.arch
+    if arch is None and args.resume and str(args.resume) != "auto" and not args.evaluate:
+        arch = load(args.resume).value("arch", str)
+    kind, count = accelerator.device.type.replace("cuda", "gpu"), accelerator.num_processes
+    place = kind if (kind, count) == ("cpu", 1) else f"{kind}{count}"
+    return Path("output", f"{arch if arch in ARCHITECTURES else DEFAULT.arch}-{place}")

@@ -8,7 +8,9 @@ neither the number of processes nor a restart changes what a step trains on.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -133,19 +135,62 @@ def load_dataset(
     )
 
 
-def move_to_gpu(data: ImageData, device: torch.device) -> tuple[ImageData, str]:
-    """`data` with its decoded images on a GPU, where half of the free memory there is enough.
+def find_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
+    """The dataset of a command's flags, found, made or decoded by each node's first process.
 
-    Also returns where the images are, as a phrase for the log.
+    Settles `args.image_size` where the weights do not say it.
+    """
+    if args.dummy:
+        accelerator.print("=> Dummy data is used!")
+        args.image_size = args.image_size or ORIGINAL_SIZE
+        return dummy_dataset(args.image_size)
+    with accelerator.local_main_process_first():
+        data = load_dataset(args.data, args.image_size, args.seed, args.workers, args.download)
+    if args.image_size is None:
+        args.image_size = data.image_size
+        accelerator.print(
+            f"=> the weights do not say for which size of images they are: {data.image_size} px, "
+            "as is usual for images like these; --image-size chooses another"
+        )
+    how = "decoded by workers" if isinstance(data.train, ImageFiles) else "decoded in memory"
+    accelerator.print(
+        f"=> {data.root}: {len(data.train)} training and {len(data.val)} "
+        f"validation images of {len(data.classes)} classes, {how}"
+    )
+    return data
+
+
+def move_to_gpu(data: ImageData, accelerator: Accelerator) -> ImageData:
+    """`data` with its decoded images on the GPU, where half of the free memory there is enough.
+
+    The model has taken its own before.
     """
     train, val = data.train, data.val
     if isinstance(train, ImageFiles) or isinstance(val, ImageFiles):
-        return data, "decoded by workers"
-    size = train.images.nbytes + val.images.nbytes
+        return data
+    device, size = accelerator.device, train.images.nbytes + val.images.nbytes
     if device.type != "cuda" or 2 * size > torch.cuda.mem_get_info(device)[0]:
-        return data, "decoded in memory"
+        return data
+    accelerator.print(f"=> the images lie on the GPU: {size / 2**20:.0f} MiB")
     train, val = (dataclasses.replace(s, images=s.images.to(device)) for s in (train, val))
-    return data._replace(train=train, val=val), "decoded on the GPU"
+    return data._replace(train=train, val=val)
+
+
+def identity(
+    images: DecodedImages | ImageFiles, data: ImageData, seen_at: int | None = None
+) -> str:
+    """Tells the images of a split from others, by their names and classes.
+
+    Args:
+        seen_at: side in pixels, for figures that are measured on them. Then the files' sizes count
+            as well.
+    """
+    root = str(data.root)
+    names: list[object] = [path.removeprefix(root) for path in images.paths]
+    if seen_at is not None:
+        names += [os.path.getsize(path) for path in images.paths]  # noqa: PTH202
+    parts = (names, images.targets.tolist(), data.classes, seen_at)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
 def dummy_dataset(image_size: int) -> ImageData:

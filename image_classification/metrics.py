@@ -5,41 +5,27 @@ from __future__ import annotations
 import collections
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from engine.metrics import step_sums
+from engine.metrics import Means, step_sums
 
 T = TypeVar("T")
 
-
-class Statistics(NamedTuple):
-    """Mean loss, and accuracies in percent."""
-
-    loss: float
-    acc1: float
-    acc5: float
-
-    @classmethod
-    def from_sums(cls, sums: Sequence[float]) -> Statistics:
-        """From sums of what `batch_sums` returns."""
-        loss, correct1, correct5, samples, *_ = sums
-        count = max(samples, 1.0)
-        return cls(loss / count, 100 * correct1 / count, 100 * correct5 / count)
-
-    def __str__(self) -> str:
-        return f" * Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} Loss {self.loss:.3f}"
+# What is measured, as TensorBoard and the lines call it, with its format in a line. `batch_sums`
+# sums them in this order. Accuracies are in percent.
+METRICS = {"Loss": ".4e", "Acc@1": "6.2f", "Acc@5": "6.2f"}
 
 
 @torch.no_grad()
 def batch_sums(
     logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """`step_sums` of [loss sum, correct at 1, correct at 5, samples], without a synchronisation.
+    """`step_sums` of METRICS and the number of samples, without a synchronisation.
 
     Args:
         logits: [batch, classes].
@@ -50,8 +36,13 @@ def batch_sums(
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = (top == targets[:, None]) * (weights > 0)[:, None]
     # Padding may be anything: it must not even turn a sum into NaN.
-    loss = torch.where(weights > 0, losses, 0)
-    return step_sums(loss.sum(), hits[:, 0].sum(), hits.sum(), (weights > 0).sum())
+    loss = torch.where(weights > 0, losses, 0).sum()
+    return step_sums(loss, 100 * hits[:, 0].sum(), 100 * hits.sum(), (weights > 0).sum())
+
+
+def summary(means: Means) -> str:
+    """The original's line at the end of an evaluation."""
+    return f" * Acc@1 {means['Acc@1']:.3f} Acc@5 {means['Acc@5']:.3f} Loss {means['Loss']:.3f}"
 
 
 class Progress:
@@ -68,15 +59,14 @@ class Progress:
         total: int,
         print_freq: int,
         *,
-        batch_size: int,
         start: int = 0,
         show_data: bool = True,
     ) -> None:
         self.main = accelerator.is_main_process
         self.prefix, self.total, self.print_freq = prefix, total, print_freq
-        self.batch_size, self.start, self.show_data = batch_size, start, show_data
+        self.start, self.show_data = start, show_data
         self.time = self.time_sum = self.data = self.data_sum = 0.0  # seconds
-        self.count = 0
+        self.count = self.images = 0
         # The steps under way on a GPU, of which there are at most two. Otherwise the time that a
         # full queue keeps the loop waiting would be counted as "Data".
         self.on_gpu = accelerator.device.type == "cuda"
@@ -97,27 +87,34 @@ class Progress:
                 self.data = time.perf_counter() - self.end
                 self.data_sum += self.data
                 yield step, batch
+            self._wait_for_gpu(0)
+            self.time_sum += time.perf_counter() - self.end
 
-    def tick(self, step: int) -> bool:
-        """Count the time of `step`, now done; True when its line is due."""
+    def tick(self, step: int, images: int) -> bool:
+        """Count the time of `step`, now done, and its images; True when its line is due."""
         if self.on_gpu:
             self.under_way.append(torch.cuda.Event(blocking=True))
             self.under_way[-1].record()
-            if len(self.under_way) > 2:
-                self.under_way.popleft().synchronize()
+            self._wait_for_gpu(2)
         now = time.perf_counter()
         self.time = now - self.end
         self.time_sum += self.time
         self.count += 1
+        self.images += images
         self.end = now
         self.bar.update()
         return step % self.print_freq == 0
 
-    def rate(self) -> float:
-        """Images per second since `steps` began."""
-        return self.count * self.batch_size / max(self.time_sum, 1e-9)
+    def _wait_for_gpu(self, most: int) -> None:
+        """Wait until at most so many steps are under way."""
+        while len(self.under_way) > most:
+            self.under_way.popleft().synchronize()
 
-    def display(self, step: int, last: Statistics, total: Statistics) -> None:
+    def rate(self) -> float | None:
+        """Images per second since `steps` began; None where there was no step."""
+        return self.images / max(self.time_sum, 1e-9) if self.images else None
+
+    def display(self, step: int, last: Means, total: Means) -> None:
         """Print the line of `step`: its own figures, and in parentheses those of the epoch."""
         if not self.main:
             return
@@ -126,13 +123,11 @@ class Progress:
             f"{self.prefix}[{step + 1:{width}d}/{self.total}]",
             f"Time {self.time:6.3f} ({self.time_sum / n:6.3f})",
             f"Data {self.data:6.3f} ({self.data_sum / n:6.3f})",
-            f"Loss {last.loss:.4e} ({total.loss:.4e})",
-            f"Acc@1 {last.acc1:6.2f} ({total.acc1:6.2f})",
-            f"Acc@5 {last.acc5:6.2f} ({total.acc5:6.2f})",
         ]
         if not self.show_data:
             del entries[2]
+        entries += [f"{name} {last[name]:{f}} ({total[name]:{f}})" for name, f in METRICS.items()]
         self.bar.set_postfix_str(
-            f"loss {total.loss:.3f}, acc@1 {total.acc1:.2f}, {self.rate():.0f} images/s"
+            f"loss {total['Loss']:.3f}, acc@1 {total['Acc@1']:.2f}, {self.rate():.0f} images/s"
         )
         tqdm.write("\t".join(entries), file=sys.stdout)

@@ -29,16 +29,13 @@ from accelerate import Accelerator
 import lm_main
 import resnet_main
 from engine import checkpoints
-from engine.checkpoints import Checkpoint
 from engine.exits import run_script
 from engine.launch import build_accelerator
 from engine.preemption import leave_signals_to_parent
 from engine.run import Run
-from image_classification import data, training
+from image_classification import data
 from image_classification.data import ImageLoader, load_dataset
-from image_classification.metrics import Statistics
 from image_classification.settings import ModelSpec
-from image_classification.training import make_run, settle
 
 
 def same() -> None:
@@ -63,21 +60,18 @@ def same() -> None:
 
 def train(accelerator: Accelerator, loader: ImageLoader) -> None:
     """An epoch of a model without batch normalisation, through resnet_main.py's loop."""
-    parser = resnet_main.make_parser()
     flags = ["-b", "12", "--seed", "5", "-p", "1", "--label-smoothing", "0.1"]
-    args = parser.parse(flags)
-    run = make_run(accelerator, args)
-    settle(parser, args, Checkpoint(), accelerator)
+    run, args, _ = resnet_main.begin([*flags, "--output-dir", "linear"])
     torch.manual_seed(0)
     linear = torch.nn.Linear(3 * 32 * 32, 3)
     model: torch.nn.Module = torch.nn.Sequential(torch.nn.Flatten(), linear)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     model, optimizer = run.prepare(model, optimizer)
     step = resnet_main.training_step(run, model, optimizer, args)
-    statistics, _ = resnet_main.train_epoch(run, model, step, loader, args)
+    means, _ = resnet_main.train_epoch(run, model, step, loader, args)
     assert run.sums is not None
-    samples = run.sums.read()[1][3]
-    accelerator.print("WEIGHTS", *statistics, samples, *linear.weight.flatten()[::97].tolist())
+    samples = sum(row[-1] for row in run.sums.carry())
+    accelerator.print("WEIGHTS", *means.values(), samples, *linear.weight.flatten()[::97].tolist())
 
 
 def kill() -> None:
@@ -165,14 +159,18 @@ def follow() -> None:
         torch.save(steps, "steps.pt")
 
     Run.end_of_step = recorded  # type: ignore[assignment, method-assign]
-    patch.object(training, "build_model", build_small_model).start()
+    patch.object(resnet_main, "build_model", build_small_model).start()
     run_script(main)
 
 
 def give_accuracies() -> None:
     given = map(float, sys.argv[2].split(","))
-    patch.object(resnet_main, "evaluate", lambda *_: Statistics(1.0, next(given), 100.0)).start()
-    patch.object(training, "build_model", build_small_model).start()
+
+    def evaluate(*_: object) -> dict[str, float]:
+        return {"Loss": 1.0, "Acc@1": next(given), "Acc@5": 100.0}
+
+    patch.object(resnet_main, "evaluate", evaluate).start()
+    patch.object(resnet_main, "build_model", build_small_model).start()
     run_script(lambda: resnet_main.main(sys.argv[3:]))
 
 

@@ -1,8 +1,13 @@
 """Checkpoints are data, whole or absent."""
 
+import argparse
 import os
 import random
 import resource
+import shlex
+import subprocess
+import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -40,9 +45,62 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="could run code"):
             checkpoints.load(tmp_path / "bad.pth")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
-    with pytest.raises(UserError, match="re-save its state_dict"):
+    with pytest.raises(UserError, match="this turns it into weights") as refusal:
         checkpoints.load(tmp_path / "module.pth")
     assert not marker.exists()
+    command = shlex.split(str(refusal.value).partition("weights: ")[2])
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    assert {*checkpoints.load(tmp_path / "weights.pth")["state_dict"]} == {"weight", "bias"}
+
+
+WEIGHTS = {"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("content", "epoch"),
+    [
+        (WEIGHTS, None),
+        ({"model_state_dict": WEIGHTS, "epoch": 3}, 3),
+        ({"net": WEIGHTS, "acc": 91.0, "epoch": 3}, 3),
+        ({"weights": WEIGHTS, "optimizer": {"state": {}, "param_groups": []}}, None),
+        ({"state_dict": {f"module.{k}": v for k, v in WEIGHTS.items()}}, None),
+        # torchvision's references number the last epoch that is done.
+        (
+            {
+                **{"model_ema": {"fc.weight": torch.zeros(1)}, "model": WEIGHTS, "optimizer": {}},
+                **{"lr_scheduler": {}, "epoch": 29, "args": argparse.Namespace(lr=0.1)},
+            },
+            30,
+        ),
+    ],
+)
+def test_weights_under_others_keys(content: object, epoch: int | None, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    loaded = checkpoints.load(tmp_path / "a.pth")
+    assert loaded.get("epoch") == epoch
+    assert {*loaded["state_dict"]} == {*WEIGHTS}
+    assert torch.equal(loaded["state_dict"]["fc.weight"], WEIGHTS["fc.weight"])
+
+
+def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("photos/a.jpg", "a")
+    with tarfile.open(tmp_path / "weights.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "photos.zip", "weights.pth")
+    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:")
+    (tmp_path / "page.pth").write_text("<!doctype html><title>404</title>")
+    (tmp_path / "model.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64))
+    for name, message in {
+        "script.pt": "is a TorchScript program. This turns it into weights: ",
+        "photos.zip": "is a zip archive: unpack it",
+        "weights.tar.gz": "is an archive: unpack it",
+        "pointer.pth": "is the pointer to a file in git LFS",
+        "page.pth": "is a web page",
+        "model.h5": "is an HDF5 file",
+    }.items():
+        with pytest.raises(UserError, match=f"{name}: {message}"):
+            checkpoints.load(tmp_path / name)
 
 
 def test_cut_and_foreign_files_are_refused(tmp_path: Path) -> None:
@@ -221,7 +279,7 @@ def test_adamws_count_of_steps_stays_where_torch_wants_it() -> None:
         assert values["step"] == 1
         assert values["exp_avg"].device.type == "meta"
     group = elsewhere.param_groups[0]
-    assert (group["lr"], group["fused"]) == (0.5, None)
+    assert (group["lr"], group["fused"]) == (1e-3, None)  # the run sets its rate itself
 
 
 @pytest.mark.parametrize("other", ["AdamW", "RMSprop", "Adagrad"])

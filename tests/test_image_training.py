@@ -208,19 +208,23 @@ def test_model_best_is_the_first_epoch_of_the_best_accuracy(tmp_path: Path) -> N
 
 
 def test_sums_go_on_from_a_checkpoint_and_name_the_step_of_a_loss_that_is_not_finite() -> None:
-    whole, first = (Sums(build_accelerator(), 2) for _ in range(2))
-    steps = [step_sums(torch.tensor(0.1 * n), torch.tensor(n)) for n in range(1, 7)]
+    whole, first = (Sums(build_accelerator(), ["Loss"]) for _ in range(2))
+    steps = [step_sums(torch.tensor(0.2 * n), torch.tensor(n)) for n in range(1, 7)]
     for step, values in enumerate(steps):
+        if step == 5:
+            whole.mark()
         whole.update(values, step)
         if step < 4:
             first.update(values, step)
-    second = Sums(build_accelerator(), 2, epoch=3, carried=first.carry())
+    second = Sums(build_accelerator(), ["Loss"], epoch=3, carried=first.carry())
     for step, values in enumerate(steps[4:], 4):
         second.update(values, step)
-    assert second.read() == whole.read()
-    assert second.read()[1] == [pytest.approx(2.1), 21]
+    assert second.read()[1] == whole.read()[1] == {"Loss": pytest.approx(0.2)}
+    assert whole.read()[0] == {"Loss": pytest.approx(0.2)}
+    assert second.carry() == [[pytest.approx(4.2), 21]]
     for step in (6, 7):
         second.update(step_sums(torch.tensor(math.nan), torch.tensor(1)), step)
     with pytest.raises(UserError, match="not finite in epoch 3 at step 6:"):
         second.read()
-    assert second.read(refuse_nan=False)[1][1] == 23
+    assert math.isnan(second.read(refuse_nan=False)[1]["Loss"])
+    assert second.carry()[0][1] == 23

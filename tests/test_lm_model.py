@@ -1,5 +1,6 @@
 """The models: the original's initial weights, causality, the loss, the exported graph."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from torch import nn
 from engine.cli import UserError
 from word_language_model import model as lm_model
 from word_language_model.export import export_onnx
-from word_language_model.model import build_model
-from word_language_model.settings import MODELS, RECURRENT, ModelSpec, check_spec
+from word_language_model.model import build_model, model_class
+from word_language_model.settings import MODELS, RECURRENT, ModelSpec
 
 WORDS, EMSIZE, NHID, NLAYERS, NHEAD = 50, 12, 16, 2, 2
 
@@ -192,9 +193,9 @@ def test_sizes_that_do_not_go_together_are_refused() -> None:
         (spec("CNN")._replace(tied=True), "--tied needs --nhid equal to --emsize"),
     ):
         with pytest.raises(UserError, match=message):
-            check_spec(wrong, 35)
+            model_class(wrong.model).check(wrong, 35)
     with pytest.raises(UserError, match="--bptt 5001: the Transformer has 5000 positions"):
-        check_spec(base, 5001)
+        model_class(base.model).check(base, 5001)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -206,15 +207,17 @@ def test_the_exported_graph_computes_what_the_model_does(model: str, tmp_path: P
     export_onnx(built, path, bptt=7)
     assert list(tmp_path.iterdir()) == [path]
     session = onnxruntime.InferenceSession(path)
-    tokens = torch.randint(WORDS, (7, 1))
-    hidden = tuple(torch.rand_like(h) for h in built.initial_hidden(1))
-    names = ["tokens", "hidden", "cell"][: 1 + len(hidden)]
-    assert [i.name for i in session.get_inputs()] == names
-    inputs = {name: x.numpy() for name, x in zip(names, (tokens, *hidden), strict=True)}
-    found = session.run(None, inputs)
-    with torch.no_grad():
-        features, hidden = built.features(tokens, hidden)
-        expected = (F.log_softmax(built.decoder(features), dim=2), *hidden)
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b.numpy(), atol=1e-4)
+    lengths = (7,) if model.startswith("RNN") else (7, 1, 35)
+    for length, columns in itertools.product(lengths, (1, 3)):
+        tokens = torch.randint(WORDS, (length, columns))
+        hidden = tuple(torch.rand_like(h) for h in built.initial_hidden(columns))
+        names = ["tokens", "hidden", "cell"][: 1 + len(hidden)]
+        assert [i.name for i in session.get_inputs()] == names
+        inputs = {name: x.numpy() for name, x in zip(names, (tokens, *hidden), strict=True)}
+        found = session.run(None, inputs)
+        with torch.no_grad():
+            features, hidden = built.features(tokens, hidden)
+            expected = (F.log_softmax(built.decoder(features), dim=2), *hidden)
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b.numpy(), atol=1e-4)

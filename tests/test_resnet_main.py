@@ -131,10 +131,12 @@ def test_an_evaluation_of_random_weights_says_so(trained: tuple[Path, Result]) -
 
 def test_flags_that_disagree_with_the_checkpoint_are_named(trained: tuple[Path, Result]) -> None:
     flags = ["set", "-e", "--resume", "output/resnet18-cpu/model_best.pth"]
-    flags += ["-a", "resnet50", "--image-size", "64", "--stem", "stock"]
+    line = error_line(run("resnet_main.py", *flags, "-a", "resnet50", cwd=trained[0]))
+    assert line.endswith("model_best.pth has arch resnet18, not resnet50: leave the flag out")
+    flags += ["--image-size", "64", "--stem", "stock"]
     result = run("resnet_main.py", *flags, cwd=trained[0])
     assert result.code == 0
-    assert "model_best.pth has arch resnet18: --arch resnet50 is ignored" in result.out
+    assert "--image-size 32, this run has 64" in result.out
     assert "--stem" not in result.out
     assert "random weights" not in result.out
     assert "3 classes, 64 px, stem stock" in result.out  # the weights fit any size

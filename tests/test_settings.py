@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from chaos import differences, read, scalars
 from kit import PROBE, error_line, make_corpus, make_dataset, run
 from test_preemption import same_bits
 
+import resnet_main
 from engine.cli import ArgumentParser, UserError, fraction, non_negative_float, positive_int
 from image_classification import settings as image_settings
 from word_language_model import settings as lm_settings
@@ -51,11 +53,10 @@ def parser() -> ArgumentParser:
         ("", {"size": 4, "rate": 0, "kind": None, "x": 1}, (4, 0.0, "one", None), []),
         ("--size 4 --rate 2", {"size": 4, "rate": 2.0}, (4, 2.0, "one", None), []),
         (
-            "--rate 0 --size 3 --share 0.1",
+            "--rate 0 --size 4 --share 0.1",
             {"rate": 1.5, "size": 4, "share": 0.2},
             (4, 0.0, "one", 0.1),
             [
-                "=> a.pt has size 4: --size 3 is ignored",
                 "=> a.pt was trained with --rate 1.5, this run has 0.0",
                 "=> a.pt was trained with --share 0.2, this run has 0.1",
             ],
@@ -71,10 +72,17 @@ def test_a_flag_else_the_checkpoints_value_else_the_default(
 ) -> None:
     lines: list[str] = []
     args = parser.parse(flags.split())
-    parser.settle(args, found, Path("a.pt"), lines.append, fixed=("size",))
+    changed = parser.settle(args, found, Path("a.pt"), lines.append, fixed=("size",))
     values = (args.size, args.rate, args.kind, args.share)
     assert [(type(value), value) for value in values] == [(type(v), v) for v in settled]
     assert lines == said
+    assert changed == [f"{line.split()[5]} {line.split()[-1]}" for line in said]
+
+
+def test_a_flag_that_cannot_change_the_run_is_refused(parser: ArgumentParser) -> None:
+    args = parser.parse(["--size", "3"])
+    with pytest.raises(UserError, match=r"^a.pt has size 4, not 3: leave it out$"):
+        parser.settle(args, {"size": 4}, Path("a.pt"), print, ("size",), "leave it out")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +117,7 @@ def test_an_image_classifiers_settings_come_back(tmp_path: Path) -> None:
     resumed = run("resnet_main.py", *resume, cwd=tmp_path)
     assert resumed.code == 0, resumed
     assert "checkpoint.pth' (epoch 1, step 2)" in resumed.out
-    assert "trained with" not in resumed.out and "ignored" not in resumed.out
+    assert "trained with" not in resumed.out
     assert "drew --seed" not in resumed.out
     same_bits(tmp_path / "whole", tmp_path / "killed", "checkpoint.pth", "logs")
     rates = [value for _, value in scalars(tmp_path / "killed" / "logs")["LR"]]
@@ -142,9 +150,9 @@ def test_an_image_classifiers_settings_come_back(tmp_path: Path) -> None:
 def test_a_language_models_settings_come_back(tmp_path: Path) -> None:
     make_corpus(tmp_path / "set")
     every = ("--data", "set", "--checkpoint-every", 7, "--save")
-    whole = run("lm_main.py", *every, "whole.pt", *flags_of(WORDS), cwd=tmp_path)
+    whole = run("lm_main.py", *every, "whole/model.pt", *flags_of(WORDS), cwd=tmp_path)
     assert whole.code == 0, whole
-    content = read(tmp_path / "whole.checkpoint.pt")
+    content = read(tmp_path / "whole/model.checkpoint.pt")
     assert {name: content[name] for name in WORDS} == WORDS
     probe = ("kill", "lm_main.py", 1, 14, *every, "model.pt", *flags_of(WORDS))
     killed = run("tests/process_probe.py", *probe, cwd=tmp_path, env=PROBE)
@@ -153,25 +161,58 @@ def test_a_language_models_settings_come_back(tmp_path: Path) -> None:
     resumed = run("lm_main.py", *resume, cwd=tmp_path)
     assert resumed.code == 0, resumed
     assert "=> loaded checkpoint 'model.checkpoint.pt' (epoch 1, step 14)" in resumed.out
-    assert "trained with" not in resumed.out and "ignored" not in resumed.out
-    undisturbed = read(tmp_path / "whole.checkpoint.pt")
+    assert "trained with" not in resumed.out
+    undisturbed = read(tmp_path / "whole/model.checkpoint.pt")
     assert list(differences(undisturbed, read(tmp_path / "model.checkpoint.pt"))) == []
-    assert scalars(tmp_path / "whole.logs") == scalars(tmp_path / "model.logs")
+    assert scalars(tmp_path / "whole" / "model.logs") == scalars(tmp_path / "model.logs")
 
-    more = {"epochs": 3, "lr": 0.01, "dropout": 0.0, "nhid": 99, "clip": 0.5}
+    more = {"epochs": 3, "lr": 0.01, "dropout": 0.0, "clip": 0.5}
     other = run("lm_main.py", *resume, *flags_of(more), cwd=tmp_path)
     assert other.code == 0, other
-    lines = [line for line in other.out.splitlines() if "trained with" in line or "ignored" in line]
+    lines = [line for line in other.out.splitlines() if "trained with" in line]
     assert lines == [
-        "=> model.checkpoint.pt has nhid 8: --nhid 99 is ignored",
         "=> model.checkpoint.pt was trained with --epochs 2, this run has 3",
         "=> model.checkpoint.pt was trained with --lr 0.05, this run has 0.01",
         "=> model.checkpoint.pt was trained with --dropout 0.3, this run has 0.0",
     ]
     content = read(tmp_path / "model.checkpoint.pt")
-    expected = {**WORDS, **more, "nhid": 8}
+    expected = {**WORDS, **more}
     assert {name: content[name] for name in expected} == expected
     assert content["optimizer"]["param_groups"][0]["lr"] == 0.01
+
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    anew = "or begin anew (--overwrite, or another --save)"
+    for flags, message in (
+        (("--nhid", 99), "model.checkpoint.pt has nhid 8, not 99: leave the flag out, " + anew),
+        (("--model", "CNN"), "has model GRU, not CNN"),
+        (("--seed", 8), "has seed 7, not 8"),
+        (("--lr", 5), "its 3 epochs are done, and --lr 5.0 would change nothing: raise --epochs, "),
+        (("--epochs", 2), "its 3 epochs are done, and --epochs 2 would change nothing"),
+    ):
+        line = error_line(run("lm_main.py", *resume, *flags, cwd=tmp_path))
+        assert message in line and anew in line
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
+
+
+def test_a_run_knows_whether_its_seed_was_ever_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It chooses the kernels of a GPU, also where a resumed run does not repeat the flag."""
+    monkeypatch.chdir(tmp_path)
+    make_dataset(tmp_path / "set")
+    flags: list[object] = ["set", "-j", 1, "--stem", "stock", "--image-size", 32, "-b", 8]
+    flags += ["--lr", 0.01, "--epochs", 1, "--output-dir"]
+    backend = torch.backends.cudnn
+    for name, seed in (("given", ["--seed", 1]), ("drawn", [])):
+        assert run("resnet_main.py", *flags, name, *seed, cwd=tmp_path).code == 0
+        monkeypatch.setattr(backend, "deterministic", name == "drawn")
+        monkeypatch.setattr(backend, "benchmark", name == "given")
+        more = ["set", "--output-dir", name, "--resume", "auto", "--epochs", "2"]
+        _, args, _ = resnet_main.begin(more)
+        assert args.seeded is (name == "given")
+        assert (backend.deterministic, backend.benchmark) == (args.seeded, not args.seeded)
+        assert run("resnet_main.py", *more, cwd=tmp_path).code == 0
+        assert read(tmp_path / name / "checkpoint.pth")["seeded"] is args.seeded
 
 
 def test_the_batches_of_an_unfinished_epoch_are_not_changed_by_a_flag(tmp_path: Path) -> None:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from pathlib import Path
+from typing import Any
 
-import torch
+from accelerate import Accelerator
 
 from engine import checkpoints
 from engine.checkpoints import Checkpoint
-from engine.cli import UserError
-from word_language_model.model import LanguageModel, build_model
-from word_language_model.settings import (
-    DEFAULT_KERNEL_SIZE,
-    DEFAULT_NHEAD,
-    MODELS,
-    ModelSpec,
-    check_spec,
-)
+from engine.cli import ArgumentParser, UserError
+from word_language_model.model import LanguageModel, build_model, model_class
+from word_language_model.settings import MODEL_SETTINGS, MODELS, SETTINGS, ModelSpec
 
 RESAVE = (
-    "python -c \"import torch, data; m = torch.load('model.pt', weights_only=False); torch.save("
-    "{'state_dict': m.state_dict(), 'model': getattr(m, 'rnn_type', 'Transformer'), "
-    "'nhead': getattr(m, 'nhead', 2), 'vocabulary': data.Corpus('data/wikitext-2')"
-    ".dictionary.idx2word}, 'resaved.pt')\""
+    "python -c \"import torch, data; m = torch.load('model.pt', weights_only=False); "
+    "t = hasattr(m, 'input_emb'); e = m.input_emb if t else m.encoder; torch.save("
+    "{'state_dict': m.state_dict(), 'model': 'Transformer' if t else m.rnn_type, "
+    "'emsize': e.embedding_dim, 'nhid': m.encoder.layers[0].linear1.out_features if t else m.nhid, "
+    "'nlayers': m.encoder.num_layers if t else m.nlayers, 'nhead': m.nhead if t else 2, "
+    "'tied': m.decoder.weight is e.weight, 'kernel_size': 4, "
+    "'vocabulary': data.Corpus('data/wikitext-2').dictionary.idx2word}, 'resaved.pt')\""
 )
 
 
@@ -58,43 +57,26 @@ def read_vocabulary(checkpoint: Checkpoint) -> list[str]:
 
 
 def read_spec(checkpoint: Checkpoint) -> ModelSpec:
-    """What model a checkpoint holds; its sizes are those of the weights.
+    """What model a checkpoint holds.
 
     Raises:
-        UserError: a value of the wrong type, weights that a model needs and the checkpoint lacks,
-            or a vocabulary of another length than the embedding has.
+        UserError: a value that is missing or of the wrong type, or sizes that do not go together.
     """
-    kind = checkpoint.value("model", str)
-    if kind not in MODELS:
-        raise checkpoint.error(f"unknown model {kind!r}: damaged")
-    state = checkpoint["state_dict"]
-    embedding, layer, dimensions = {
-        "Transformer": ("input_emb.weight", "encoder.layers.{}.linear2.weight", 2),
-        "CNN": ("encoder.weight", "layers.{}.weight", 3),
-    }.get(kind, ("encoder.weight", "rnn.weight_hh_l{}", 2))
-    first = layer.format(0)
-    for name, expected in ((embedding, 2), (first, dimensions), ("decoder.weight", 2)):
-        if name not in state or state[name].dim() != expected:
-            raise checkpoint.error(f"lacks {name}: not a {kind}")
-    nhid, kernel_size = state[first].shape[1], checkpoint.value("kernel_size", int)
-    if kind == "CNN":
-        nhid, kernel_size = state[first].shape[0] // 2, state[first].shape[2]
-    words, emsize = state[embedding].shape
-    nhead = checkpoint.value("nhead", int) or DEFAULT_NHEAD
-    count = len(read_vocabulary(checkpoint))
-    if count != words or nhead < 1:
-        raise checkpoint.error(f"{count} words, {words} embeddings, {nhead} heads: damaged")
-    return ModelSpec(
-        model=kind,
-        words=words,
-        emsize=emsize,
-        nhid=nhid,
-        nlayers=sum(layer.format(number) in state for number in range(len(state))),
-        nhead=nhead,
-        # Equal values are one matrix: two matrices differ from their first draw on.
-        tied=torch.equal(state["decoder.weight"], state[embedding]),
-        kernel_size=kernel_size or DEFAULT_KERNEL_SIZE,
-    )
+    sizes: dict[str, Any] = {
+        name: checkpoint.get(name) for name in ("emsize", "nhid", "nlayers", "nhead", "kernel_size")
+    }
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise checkpoint.error(f"{name} is {size!r}: not written by lm_main.py, or damaged")
+    kind, tied = checkpoint.get("model"), checkpoint.get("tied")
+    if kind not in MODELS or type(tied) is not bool:
+        raise checkpoint.error(f"unknown model {kind!r}, tied {tied!r}: damaged")
+    spec = ModelSpec(kind, words=len(read_vocabulary(checkpoint)), tied=tied, **sizes)
+    try:
+        model_class(kind).check(spec, bptt=1)
+    except UserError as error:
+        raise checkpoint.error(str(error)) from error
+    return spec
 
 
 def load_weights(model: LanguageModel, checkpoint: Checkpoint) -> None:
@@ -110,12 +92,7 @@ def load_weights(model: LanguageModel, checkpoint: Checkpoint) -> None:
 
 def restore_model(checkpoint: Checkpoint) -> tuple[LanguageModel, list[str]]:
     """The model of a checkpoint, ready to evaluate, and its vocabulary."""
-    spec = read_spec(checkpoint)
-    try:
-        check_spec(spec, bptt=1)
-    except UserError as error:
-        raise checkpoint.error(str(error)) from error
-    model = build_model(spec, dropout=0.0)
+    model = build_model(read_spec(checkpoint), dropout=0.0)
     load_weights(model, checkpoint)
     return model.eval(), read_vocabulary(checkpoint)
 
@@ -127,3 +104,53 @@ def refuse_other_words(checkpoint: Checkpoint, words: list[str]) -> None:
             f"has a vocabulary of {len(own)} words and the corpus another, of {len(words)}: use "
             "the --data that it was trained on"
         )
+
+
+def settle(
+    parser: ArgumentParser,
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    accelerator: Accelerator,
+) -> list[str]:
+    """Give every setting its value, and refuse those that do not go together.
+
+    Returns:
+        The flags that differ from the checkpoint.
+    """
+    found = {}
+    if checkpoint:
+        found = {
+            **{name: checkpoint.get(name) for name in SETTINGS},
+            **read_spec(checkpoint)._asdict(),
+        }
+    # A run has its seed from the beginning; an evaluation draws nothing.
+    fixed = MODEL_SETTINGS if args.evaluate else (*MODEL_SETTINGS, "seed")
+    anew = "" if args.evaluate else ", or begin anew (--overwrite, or another --save)"
+    changed = parser.settle(
+        args, found, args.resume, accelerator.print, fixed, f"leave the flag out{anew}"
+    )
+    if args.dry_run:
+        args.epochs = 1
+    if args.batch_size % accelerator.num_processes and not args.evaluate:
+        raise UserError(
+            f"--batch-size {args.batch_size} is for all processes together and cannot be divided "
+            f"by {accelerator.num_processes}: use a multiple"
+        )
+    model_class(args.model).check(spec_of(args), args.bptt)
+    return changed
+
+
+def spec_of(args: argparse.Namespace, words: int = 0) -> ModelSpec:
+    """The model that settled flags ask for."""
+    sizes = {name: getattr(args, name) for name in ModelSpec._fields if name != "words"}
+    return ModelSpec(words=words, **sizes)
+
+
+def beside(save: Path) -> tuple[Path, Path]:
+    """Where a run with this --save keeps its state and its curves.
+
+    No two names share one: neither `lr0.2` and `lr0.5` nor `m`, `m.pt` and `m.pth`.
+    """
+    stem = save.name.removesuffix(".pt")
+    stem += "." if stem != save.name else "-"
+    return save.with_name(f"{stem}checkpoint.pt"), save.with_name(f"{stem}logs")

@@ -41,14 +41,23 @@ class _Exported(nn.Module):
 
 
 def export_onnx(model: LanguageModel, path: Path, bptt: int) -> None:
-    """Write `model` as ONNX, for one column of `bptt` words.
+    """Write `model` as ONNX, for any number of words and columns.
 
+    Of RNN_TANH and RNN_RELU the number of words is `bptt`, since torch's exporter unrolls them.
     Weights above 1.5 GB are put into a second file (see `onnx_files`).
 
-    Inputs: tokens [bptt, 1], and of an RNN hidden [nlayers, 1, nhid], of an LSTM cell as well.
-    Outputs: log-probabilities [bptt, 1, words], and the hidden state after the words.
+    Inputs: tokens [t, columns], and of an RNN hidden [nlayers, columns, nhid], of an LSTM cell as
+        well.
+    Outputs: log-probabilities [t, columns, words], and the hidden state after the words.
     """
-    names = ["hidden", "cell"][: len(model.initial_hidden(1))]
+    is_unrolled = any(type(module) is nn.RNN for module in model.modules())
+    # Not 1 of each, which the exporter would take for a fixed size.
+    tokens = torch.zeros(bptt if is_unrolled else 2, 2, dtype=torch.int64)
+    hidden = model.initial_hidden(2)
+    names = ["hidden", "cell"][: len(hidden)]
+    free = {1: torch.export.Dim("columns")}
+    sizes: list[object] = [free if is_unrolled else {0: torch.export.Dim("words"), **free}]
+    sizes += [tuple(free for _ in hidden)] if hidden else []
     real = Path(os.path.realpath(path))
     with writing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
@@ -56,10 +65,11 @@ def export_onnx(model: LanguageModel, path: Path, bptt: int) -> None:
         temporary.mkdir()
         torch.onnx.export(
             _Exported(model).eval(),
-            (torch.zeros(bptt, 1, dtype=torch.int64), *model.initial_hidden(1)),
+            (tokens, *hidden),
             temporary / real.name,
             input_names=["tokens", *names],
             output_names=["log_probabilities", *(f"{name}_after" for name in names)],
+            dynamic_shapes=tuple(sizes),
             dynamo=True,
             external_data=False,
             verbose=False,

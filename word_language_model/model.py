@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.cli import UserError
 from word_language_model.kernels import Dropout, loss
 from word_language_model.settings import MAX_POSITIONS, ModelSpec
 
@@ -38,6 +39,16 @@ class LanguageModel(nn.Module, abc.ABC):
     decoder: nn.Linear
     # How many of the last words a prediction can depend on; 0 where the layers set no limit.
     receptive_field: int = 0
+    # Whether it learns what a place in a segment means, and so only those up to --bptt.
+    has_positions = False
+
+    @classmethod
+    def check(cls, spec: ModelSpec, bptt: int) -> None:
+        """Raise `UserError` for sizes that do not go together."""
+        if spec.tied and spec.emsize != spec.nhid:
+            raise UserError(
+                f"--tied needs --nhid equal to --emsize, not {spec.nhid} and {spec.emsize}"
+            )
 
     @abc.abstractmethod
     def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
@@ -71,7 +82,7 @@ class LanguageModel(nn.Module, abc.ABC):
 class RecurrentModel(LanguageModel):
     """Embedding, dropout, RNN layers with dropout between them, dropout, decoder."""
 
-    def __init__(self, spec: ModelSpec, dropout: float) -> None:
+    def __init__(self, spec: ModelSpec, dropout: float, layer_dropout: float) -> None:
         super().__init__()
         self.drop = Dropout(dropout)
         self.encoder = nn.Embedding(spec.words, spec.emsize)
@@ -142,7 +153,7 @@ class PositionalEncoding(nn.Module):
         self.register_buffer("pe", pairs.reshape(MAX_POSITIONS, 1, size), persistent=False)
 
     def forward(self, embedded: torch.Tensor) -> torch.Tensor:
-        added: torch.Tensor = self.dropout(embedded + self.pe[: len(embedded)])
+        added: torch.Tensor = self.dropout(embedded + self.pe[: embedded.shape[0]])
         return added
 
 
@@ -151,6 +162,20 @@ class TransformerModel(LanguageModel):
 
     The layers have a dropout of their own, as in the original, where it is always 0.1.
     """
+
+    has_positions = True
+
+    @classmethod
+    def check(cls, spec: ModelSpec, bptt: int) -> None:
+        if spec.emsize % spec.nhead:
+            raise UserError(f"--emsize {spec.emsize} cannot be divided by --nhead {spec.nhead}")
+        if spec.emsize % 2:
+            raise UserError(
+                f"--emsize {spec.emsize} is odd, and the Transformer's positions are pairs of sine "
+                "and cosine: use an even one"
+            )
+        if bptt > MAX_POSITIONS:
+            raise UserError(f"--bptt {bptt}: the Transformer has {MAX_POSITIONS} positions")
 
     def __init__(self, spec: ModelSpec, dropout: float, layer_dropout: float) -> None:
         super().__init__()
@@ -183,7 +208,7 @@ class TransformerModel(LanguageModel):
     def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
         # torch refuses is_causal without a mask, and then does not read the mask.
         mask = nn.Transformer.generate_square_subsequent_mask(
-            len(tokens), device=tokens.device, dtype=self.input_emb.weight.dtype
+            tokens.shape[0], device=tokens.device, dtype=self.input_emb.weight.dtype
         )
         return self.encoder(self.embed(tokens), mask=mask, is_causal=True), hidden
 
@@ -222,7 +247,7 @@ class ConvolutionalModel(LanguageModel):
     Like the Transformer it reads every segment by itself.
     """
 
-    def __init__(self, spec: ModelSpec, dropout: float) -> None:
+    def __init__(self, spec: ModelSpec, dropout: float, layer_dropout: float) -> None:
         super().__init__()
         self.drop = Dropout(dropout)
         self.encoder = nn.Embedding(spec.words, spec.emsize)
@@ -253,12 +278,16 @@ class ConvolutionalModel(LanguageModel):
         return super().last_features(tokens[-self.receptive_field :], hidden)
 
 
+def model_class(kind: str) -> type[LanguageModel]:
+    """The class of a --model; its constructor takes the spec and both shares of dropout."""
+    kinds = {"Transformer": TransformerModel, "CNN": ConvolutionalModel}
+    return kinds.get(kind, RecurrentModel)
+
+
 def build_model(spec: ModelSpec, dropout: float, layer_dropout: float = 0.0) -> LanguageModel:
     """A model with weights drawn from torch's generator, float32, on the CPU.
 
     Args:
         layer_dropout: within the Transformer's layers.
     """
-    if spec.model == "Transformer":
-        return TransformerModel(spec, dropout, layer_dropout)
-    return (ConvolutionalModel if spec.model == "CNN" else RecurrentModel)(spec, dropout)
+    return model_class(spec.model)(spec, dropout, layer_dropout)

@@ -8,12 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.cli import UserError
-
 WIKITEXT = Path("data/wikitext-2")
 RECURRENT = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
 MODELS = (*RECURRENT, "Transformer", "CNN")
-DEFAULT_NHEAD = 2
 DEFAULT_KERNEL_SIZE = 4  # with it two layers have as many parameters as the LSTM's
 MAX_POSITIONS = 5000
 
@@ -29,24 +26,6 @@ class ModelSpec(NamedTuple):
     nhead: int
     tied: bool
     kernel_size: int = DEFAULT_KERNEL_SIZE
-
-
-def check_spec(spec: ModelSpec, bptt: int) -> None:
-    """Raise `UserError` for sizes that do not go together."""
-    if spec.model != "Transformer":
-        if spec.tied and spec.emsize != spec.nhid:
-            raise UserError(
-                f"--tied needs --nhid equal to --emsize, not {spec.nhid} and {spec.emsize}"
-            )
-    elif spec.emsize % spec.nhead:
-        raise UserError(f"--emsize {spec.emsize} cannot be divided by --nhead {spec.nhead}")
-    elif spec.emsize % 2:
-        raise UserError(
-            f"--emsize {spec.emsize} is odd, and the Transformer's positions are pairs of sine "
-            "and cosine: use an even one"
-        )
-    elif bptt > MAX_POSITIONS:
-        raise UserError(f"--bptt {bptt}: the Transformer has {MAX_POSITIONS} positions")
 
 
 # What a resumed run takes from its checkpoint unless a flag says otherwise; the weights and the
