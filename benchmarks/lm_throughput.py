@@ -26,9 +26,9 @@ from rounds import Round, Row
 import lm_main
 from engine.checkpoints import Checkpoint
 from engine.cli import ArgumentParser, positive_int
-from engine.exits import run_script
 from engine.launch import build_accelerator, emulates_bf16, keep_freed_memory
 from engine.seeds import use_deterministic_kernels
+from engine.stop import run_script
 from word_language_model.settings import ModelSpec, check_spec
 from word_language_model.training import make_run, set_up, settle
 

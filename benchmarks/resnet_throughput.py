@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import resnet_main
 from engine.checkpoints import Checkpoint
 from engine.cli import ArgumentParser, positive_int
-from engine.exits import run_script
 from engine.launch import build_accelerator, emulates_bf16, keep_freed_memory
 from engine.seeds import use_deterministic_kernels
+from engine.stop import run_script
 from image_classification.cache import decoded_images, small_side
 from image_classification.data import DecodedImages, ImageFiles
 from image_classification.folders import Split, find_images

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from engine.cli import UserError
-from engine.exits import is_out_of_memory
+from engine.stop import is_out_of_memory
 
 Step = Callable[..., tuple[torch.Tensor, ...]]
 

@@ -21,9 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
 from engine.cli import UserError
-from engine.exits import has_temporary_folder
-from engine.preemption import leave_signals_to_parent, start_workers
 from engine.seeds import derive_seed, seed_generators
+from engine.stop import has_temporary_folder, leave_signals_to_parent, start_workers
 from image_classification.augment import Crops, draw_crops, normalise, resize, resized_crop
 from image_classification.cache import decoded_images, open_image, small_side
 from image_classification.folders import Split, find_images

@@ -30,10 +30,9 @@ import lm_main
 import resnet_main
 from engine import checkpoints
 from engine.checkpoints import Checkpoint
-from engine.exits import run_script
 from engine.launch import build_accelerator
-from engine.preemption import leave_signals_to_parent
 from engine.run import Run
+from engine.stop import leave_signals_to_parent, run_script
 from image_classification import data, training
 from image_classification.data import ImageLoader, load_dataset
 from image_classification.metrics import Statistics
