@@ -6,7 +6,7 @@ import hashlib
 import os
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 
@@ -42,6 +42,12 @@ def agree_on_seed(accelerator: Accelerator, seed: int | None) -> int:
 
 
 def use_deterministic_kernels(deterministic: bool) -> None:
-    """Choose cuDNN's kernels as the original does: repeatable with a seed, else the fastest."""
+    """Choose a GPU's kernels as the original does: repeatable with a seed, else the fastest."""
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+    if PartialState().device.type == "cuda":
+        # The backward passes of all fused kernels for attention add up in the order in which their
+        # blocks happen to end, once a sequence needs several blocks. A CPU's do not.
+        torch.backends.cuda.enable_flash_sdp(not deterministic)
+        torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)
+        torch.backends.cuda.enable_cudnn_sdp(not deterministic)
