@@ -13,7 +13,7 @@ sample, stems stride1 (a) and stock (b), with `--data sample --classes all`:
 
 from __future__ import annotations
 
-from engine.exits import check_flags, run_script  # before what is slow: see there
+from engine.stop import check_flags, run_script  # before what is slow: see there
 
 # isort: split
 

@@ -17,7 +17,7 @@ Prints a table, and writes context.csv and context.png.
 
 from __future__ import annotations
 
-from engine.exits import check_flags, run_script  # before what is slow: see there
+from engine.stop import check_flags, run_script  # before what is slow: see there
 
 # isort: split
 

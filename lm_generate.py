@@ -14,7 +14,7 @@ At the default sizes two CPU cores write a word in 1.4 ms, the thousandth as fas
 
 from __future__ import annotations
 
-from engine.exits import check_flags, run_script  # before what is slow: see there
+from engine.stop import check_flags, run_script  # before what is slow: see there
 
 # isort: split
 
@@ -34,6 +34,7 @@ from engine.cli import (
     number,
     pathname,
     positive_int,
+    product,
 )
 from word_language_model.settings import MODELS
 
@@ -80,7 +81,6 @@ if __name__ == "__main__":
 import torch
 
 from engine.files import check_outputs, writing
-from engine.streams import product
 from word_language_model.checkpoint import load, restore_model
 from word_language_model.model import LanguageModel
 from word_language_model.settings import MAX_POSITIONS

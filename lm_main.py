@@ -16,7 +16,7 @@ tied LSTM, 407 and 411 (two seeds) after six of the Transformer (docs/language_m
 
 from __future__ import annotations
 
-from engine.exits import Stopped, check_flags, run_script  # before what is slow: see there
+from engine.stop import Stopped, check_flags, run_script  # before what is slow: see there
 
 # isort: split
 

@@ -10,7 +10,7 @@ and 6.79 MiB of activations kept for the backward pass.
 
 from __future__ import annotations
 
-from engine.exits import check_flags, run_script  # before what is slow: see there
+from engine.stop import check_flags, run_script  # before what is slow: see there
 
 # isort: split
 
@@ -18,7 +18,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from engine.cli import ArgumentParser, pathname, positive_int
+from engine.cli import ArgumentParser, pathname, positive_int, product
 from image_classification.settings import DEFAULT, STEMS
 
 
@@ -49,7 +49,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet
 
 from engine.checkpoints import load
-from engine.streams import product
 from image_classification.checkpoint import restore_model
 from image_classification.model import build_model, meta_tensors
 from image_classification.settings import ModelSpec, default_spec

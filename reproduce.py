@@ -12,7 +12,7 @@ A command that fails is named with its log, and the rest of the report still app
 
 from __future__ import annotations
 
-from engine.exits import (  # before what is slow: see there
+from engine.stop import (  # before what is slow: see there
     EXIT_STOPPED,
     STOP_SIGNALS,
     Stopped,

@@ -14,7 +14,7 @@ images/s: Acc@1 44.4, Acc@5 79.0 (README.md, "Results", has the command).
 
 from __future__ import annotations
 
-from engine.exits import check_flags, run_script  # before what is slow: see there
+from engine.stop import check_flags, run_script  # before what is slow: see there
 
 # isort: split
 

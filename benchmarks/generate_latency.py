@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lm_generate
 from engine.cli import ArgumentParser, UserError, positive_int
-from engine.exits import run_script
+from engine.stop import run_script
 from word_language_model.model import build_model, model_class
 from word_language_model.settings import ModelSpec
 

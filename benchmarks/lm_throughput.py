@@ -26,8 +26,8 @@ from rounds import Round, Row
 
 import lm_main
 from engine.cli import ArgumentParser, positive_int
-from engine.exits import run_script
 from engine.launch import emulates_bf16
+from engine.stop import run_script
 from word_language_model.data import Corpus
 from word_language_model.model import model_class
 from word_language_model.settings import ModelSpec

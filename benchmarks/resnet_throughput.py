@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import resnet_main
 from engine.cli import ArgumentParser, positive_int
-from engine.exits import run_script
 from engine.launch import emulates_bf16
+from engine.stop import run_script
 from image_classification.cache import decoded_images, small_side
 from image_classification.data import DecodedImages, ImageFiles, find_data
 from image_classification.folders import Split, find_images

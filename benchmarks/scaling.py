@@ -29,7 +29,7 @@ import lm_throughput
 import reference_lm
 import resnet_throughput
 
-from engine.exits import leave
+from engine.stop import leave
 from image_classification import model as image_model
 from image_classification import settings as image_settings
 from word_language_model import model as lm_model

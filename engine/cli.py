@@ -1,10 +1,15 @@
-"""Flags: their types, their errors in one line, and the settings that a resumed run keeps."""
+"""What a command takes and prints: flags, settings that a resumed run keeps, standard output."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import io
+import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -152,3 +157,93 @@ def fraction(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to below 1, not {text}")
     return value
+
+
+class _Stream(io.TextIOWrapper):
+    """A standard stream on which a print always succeeds; what cannot be written is lost.
+
+    Lines are written at once, for who watches a log, and characters that the encoding lacks are
+    escaped.
+    """
+
+    is_product = False  # within `product`
+    is_lost = False  # whether its descriptor leads elsewhere by now
+    refuge: int | None = None  # a descriptor to lead to before nowhere
+
+    def __init__(self, replaced: Any) -> None:
+        # With PYTHONUNBUFFERED its buffer is none, and would not keep what could not be written.
+        buffer = io.BufferedWriter(getattr(replaced.buffer, "raw", replaced.buffer))
+        super().__init__(buffer, replaced.encoding, "backslashreplace", line_buffering=True)
+        self.replaced = replaced  # which would close the descriptor when it is deleted
+
+    def write(self, text: str) -> int:
+        self._attempt(super().write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(super().flush)
+
+    def _attempt(self, method: Callable[..., Any], *args: str) -> None:
+        try:
+            method(*args)
+        except BlockingIOError:  # a full pipe that another process has set to non-blocking
+            os.set_blocking(self.fileno(), True)
+            self.flush()
+        except OSError as error:
+            number, refuge, self.refuge = self.fileno(), self.refuge, None
+            with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+                os.dup2(refuge or nowhere.fileno(), number)
+            self.flush()  # what has not been written
+            if self.is_product:
+                raise
+            # `head` has seen enough, and who closes a stream wants to see nothing.
+            is_wanted = error.errno in (errno.EPIPE, errno.EBADF)
+            if number == 1 and not (self.is_lost or refuge or is_wanted):
+                name = Path(sys.argv[0]).name
+                print(f"{name}: what is printed gets lost ({error.strerror})", file=sys.stderr)
+            self.is_lost = True
+
+
+def make_unfailing() -> None:
+    """Let no print on `sys.stdout` and `sys.stderr` fail; a notebook's own streams stay."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # This takes the lowest free number, which a checkpoint would get, and with it all that
+            # libraries print. It cannot be written to.
+            os.open(os.devnull, os.O_RDONLY)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name) or open(number, "w", closefd=False)  # noqa: SIM115
+        if type(stream) is io.TextIOWrapper:
+            setattr(sys, name, _Stream(stream))
+
+
+def fall_back_to_stderr() -> None:
+    """From now on print to stderr what stdout's reader does not take: Ctrl-C also ends a `tee`."""
+    if isinstance(sys.stdout, _Stream):
+        sys.stdout.refuge = 2
+        if sys.stdout.is_lost:
+            os.dup2(2, sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def product() -> Iterator[None]:
+    """Within it, what is printed to stdout is what the command is for.
+
+    A reader that has seen enough ends the block.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    stream: Any = sys.stdout
+    stream.is_product = True
+    try:
+        yield
+        stream.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise UserError(f"cannot write to standard output: {error.strerror}") from error
+    finally:
+        stream.is_product = False

@@ -1,7 +1,4 @@
-"""Files that are whole or absent: atomic writes, verified downloads, safe unpacking.
-
-And where a command may write: no two of its paths are one file, no two runs have one place.
-"""
+"""Files that are whole or absent, verified downloads, and where a command may write."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import http.client
 import os
 import shutil
 import socket
-import stat
 import tempfile
 import time
 import urllib.error
@@ -29,19 +25,20 @@ from tqdm import tqdm
 from engine.cli import UserError
 
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
-CHUNK = 1 << 20
 
 
 @contextlib.contextmanager
 def whole_or_absent(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename it to `path` when the block ends.
 
-    The block writes a file or a directory there. When it raises, the temporary is removed and
-    `path` stays as it was. Temporaries of killed processes are removed by the next write. A
-    directory that another process has put at `path` meanwhile stays. A link is followed: its
-    target is replaced. A device or a pipe is given the content of the temporary, which then lies
-    in the system's temporary folder. A directory with a file of `path`'s name is that file with
-    others that it needs: they are put beside it, and the file itself last.
+    The block writes a file or a directory there. When it raises, `path` stays as it was. The next
+    write removes what killed processes have left.
+
+    - A directory that another process has put at `path` meanwhile stays.
+    - A link is followed: its target is replaced.
+    - A device or a pipe is given the content, from the system's temporary folder.
+    - A directory with a file of `path`'s name is that file with others that it needs. They are put
+      beside it, and the file itself last.
     """
     if _is_stream(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +69,7 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
         elif not path.exists():
             temporary.rename(path)
         # Until the directory is synchronised, a power failure may undo the rename.
-        with contextlib.suppress(PermissionError):  # one that cannot be read; Windows has no such
+        with contextlib.suppress(PermissionError):  # of a folder without `r`, or of Windows
             directory = os.open(path.parent, os.O_RDONLY)
             os.fsync(directory)
             os.close(directory)
@@ -88,13 +85,9 @@ def _replace(temporary: Path, path: Path) -> None:
 
 def _is_stream(path: Path) -> bool:
     """Whether `path` is a device or a pipe, which a rename would replace."""
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    if stat.S_ISSOCK(mode):
+    if path.is_socket():
         raise UserError(f"{path} is a socket, and a file is wanted")
-    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode) or stat.S_ISFIFO(mode)
+    return path.is_char_device() or path.is_block_device() or path.is_fifo()
 
 
 @contextlib.contextmanager
@@ -223,9 +216,8 @@ def _place(path: Path) -> object:
 def lock(path: Path, flag: str, patience: float) -> IO[str] | None:
     """Lock the file at `path`, which is made, for as long as this process lives.
 
-    Of the kinds of locks that there are, POSIX's die with the process that took them, even when
-    its workers live on, and network disks pass them on. Where a file system, or Windows, has none
-    of them, nothing is locked.
+    It is a POSIX lock: that ends with the process, even when its workers live on, and network disks
+    know it. Where a file system, or Windows, has none, nothing is locked.
 
     Args:
         patience: seconds in which an earlier process may end.
@@ -274,19 +266,17 @@ def download(url: str, path: Path, *, size: int, digest: str) -> None:
     Raises:
         UserError: no network, a server's refusal, a file of another size or content, a full disk.
     """
-    received = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            whole_or_absent(path) as temporary,
-            urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response,
-            tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as progress,
-        ):
-            with temporary.open("wb") as output:
-                # One byte more than expected is enough to know that the file is another one.
-                while chunk := response.read(min(CHUNK, size + 1 - received)):
-                    received += output.write(chunk)
-                    progress.update(len(chunk))
+        with whole_or_absent(path) as temporary:
+            with (
+                urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response,
+                tqdm.wrapattr(
+                    response, "read", total=size, desc=path.name, disable=None
+                ) as content,
+                temporary.open("wb") as output,
+            ):
+                shutil.copyfileobj(content, output)
             check_file(temporary, url, size=size, digest=digest)
     except urllib.error.HTTPError as error:
         raise UserError(f"{url}: the server answered {error.code} {error.reason}") from error
@@ -300,8 +290,7 @@ def check_file(path: Path, name: str, *, size: int, digest: str) -> None:
     """Raise `UserError` unless the file at `path`, called `name`, has this size and digest."""
     found_size = path.stat().st_size
     if found_size != size:
-        there = f"more than {size}" if found_size > size else str(found_size)
-        raise UserError(f"{name}: {size:,} bytes expected, but there are {there}")
+        raise UserError(f"{name}: {size:,} bytes expected, but there are {found_size:,}")
     kind, _, wanted = digest.partition(":")
     blob = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     hasher = blob if kind == "git" else hashlib.md5(usedforsecurity=False)
@@ -314,20 +303,16 @@ def check_file(path: Path, name: str, *, size: int, digest: str) -> None:
 
 
 def unpack(archive: Path, folder: str, destination: Path) -> None:
-    """Unpack `folder` of a zip archive as `destination`, whole or not at all.
+    """Unpack a zip archive, which holds `folder`, as `destination`, whole or not at all.
+
+    `ZipFile.extract` itself drops every "..", so no file leaves `destination`.
 
     Raises:
-        UserError: not a zip file, a damaged one, one without that folder, one with a path that
-            leaves it, or a full disk.
+        UserError: not a zip file, a damaged one, or a full disk.
     """
     try:
         with zipfile.ZipFile(archive) as content, writing(destination) as temporary:
-            members = [m for m in content.infolist() if m.filename.startswith(f"{folder}/")]
-            if not members:
-                raise UserError(f"{archive}: holds no folder {folder}")
-            for member in tqdm(members, desc=f"unpacking {archive.name}", disable=None):
-                if ".." in Path(member.filename).parts:
-                    raise UserError(f"{archive}: holds a path outside itself: {member.filename}")
+            for member in tqdm(content.infolist(), desc=f"unpacking {archive.name}", disable=None):
                 member.filename = member.filename.removeprefix(f"{folder}/") or "./"
                 content.extract(member, temporary)
     except zipfile.BadZipFile as error:

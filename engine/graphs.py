@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 
 from engine.cli import UserError
-from engine.exits import is_out_of_memory
+from engine.stop import is_out_of_memory
 
 Step = Callable[..., tuple[torch.Tensor, ...]]
 
-# Eager calls for each shape of the inputs before its capture. During them cuDNN chooses its
-# algorithms and the optimizer creates its state.
+# Eager calls for each shape of the inputs before its capture, in which cuDNN chooses its algorithms
+# and the optimizer creates its state.
 WARM_UP = 3
 
 
@@ -69,6 +69,13 @@ class GraphedStep:
         key = (*((t.shape, t.dtype) for t in inputs), *sorted(numbers.items()))
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= WARM_UP:
+            if self.captured:
+                # A graph keeps the memory of its whole step. An epoch's shorter last batch would
+                # need its own beside that. The graph is captured anew at its next call.
+                torch.cuda.synchronize()
+                self.captured.clear()
+                self.pool = torch.cuda.graph_pool_handle()
+                torch.cuda.empty_cache()
             # On the stream of the capture, for which cuBLAS has a workspace of its own.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):

@@ -1,16 +1,20 @@
-"""What a launcher asked for, compared with what it started; and the device that was found.
+"""What a launcher asked for, compared with what it started; the device; the network between.
 
 Every command builds its Accelerator with `build_accelerator`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import os
+import re
 import shutil
+import socket
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -22,11 +26,10 @@ from accelerate.utils import (
 )
 
 from engine.cli import UserError
-from engine.exits import has_temporary_folder
-from engine.network import find_interface, meeting_place, reason
+from engine.stop import has_temporary_folder
 
-# How long processes wait for each other in training, and when they join: longer than any step,
-# validation or checkpoint keeps one of them busy.
+# How long processes wait for each other to join, and in training: longer than any step,
+# validation or checkpoint of one of them takes.
 ANSWER_WITHIN = datetime.timedelta(minutes=10)
 # Before training the others wait while a node's first process downloads or decodes.
 PREPARED_WITHIN = datetime.timedelta(hours=2)
@@ -34,8 +37,8 @@ PREPARED_WITHIN = datetime.timedelta(hours=2)
 # How mpirun's families and torchrun name the number of processes that they started.
 WORLD_SIZE_VARIABLES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 
-# What of the launcher's variables this kit understands or needs not care about. All others
-# (FSDP, DeepSpeed, Megatron, ...) have to be off.
+# `ACCELERATE_*` variables that are supported or harmless. All others (FSDP, DeepSpeed, Megatron,
+# ...) have to be off.
 KNOWN_VARIABLES = {
     *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY"),
     *("ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL", "ACCELERATE_ENABLE_RICH"),
@@ -43,6 +46,14 @@ KNOWN_VARIABLES = {
     *("ACCELERATE_DYNAMO_USE_DYNAMIC", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"),
 }
 OFF = ("", "no", "none", "false", "0", "off")
+
+# What gloo and NCCL say when another process has gone or no longer answers ...
+LOST = (
+    *("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Application timeout"),
+    *("remote process", "remote peer", "Connection was likely closed"),
+)
+# ... and gloo when it could not be reached in the first place.
+UNREACHABLE = ("Unable to find", "connectFullMesh", "timed out connecting", "Connection refused")
 
 
 class _Accelerator(Accelerator):  # type: ignore[misc]  # untyped
@@ -124,13 +135,13 @@ def build_accelerator(broadcast_buffers: bool = True) -> Accelerator:
 
 
 def _is_launched() -> bool:
-    """Whether a launcher has set the precision, which by hand says nothing of devices."""
+    """True under a launcher. The precision variable alone may have been set by hand."""
     names = {"ACCELERATE_DYNAMO_MODE", "SLURM_PROCID", *WORLD_SIZE_VARIABLES}
     return "ACCELERATE_MIXED_PRECISION" in os.environ and bool(names & os.environ.keys())
 
 
 def _refuse_unknown_modes() -> None:
-    """Raise `UserError` for what `accelerate launch` or the shell exports and nobody here heeds."""
+    """Raise `UserError` for variables of the launcher or the shell that the kit would ignore."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16", "fp16"):
         raise UserError(f"ACCELERATE_MIXED_PRECISION is {precision!r}, and not no, bf16 or fp16")
@@ -158,14 +169,14 @@ def set_patience(timeout: datetime.timedelta) -> None:
 
 
 def keep_freed_memory(largest: int) -> None:
-    """Have glibc keep the memory of freed tensors for the next step, where it has the say.
+    """Make glibc keep freed tensors' memory for the next step. Does nothing without glibc.
 
-    Aligned to huge pages, it would give each back to the kernel, which zeroes the pages anew in
-    every step: a sixth of a language model's time, a third of the image loader's.
+    Otherwise the kernel takes each tensor's pages back and zeroes them anew in every step: a sixth
+    of a language model's time, a third of the image loader's.
 
     Args:
-        largest: bytes of a tensor whose memory is kept; in all, twice as many. 2**25 is where
-            glibc's own threshold ends, and the most that older versions accept.
+        largest: bytes of the largest tensor to keep; twice as many are kept in all. Older versions
+            of glibc accept at most 2**25.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
     try:
@@ -223,3 +234,69 @@ def check_compiler() -> None:
         raise UserError("--compile needs a temporary folder: TMPDIR=/a/folder names one")
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))):
         raise UserError("--compile needs a C++ compiler: apt install g++, or leave --compile out")
+
+
+def network_failure(error: Exception) -> str | None:
+    """The line for an error in which processes do not reach each other; None for any other."""
+    if not isinstance(error, RuntimeError):
+        return None
+    if dist.is_initialized() and any(phrase in str(error) for phrase in LOST):
+        return (
+            f"another process of the run has gone or hangs ({reason(error)}): --resume auto goes "
+            "on from the last checkpoint"
+        )
+    if where := meeting_place(error):
+        return f"the processes of the run cannot work together: {reason(error)}{where}"
+    return None
+
+
+def reason(error: Exception) -> str:
+    """What an error of torch says, without the places in its source that said it."""
+    text = str(error).split("\nException raised from")[0]
+    text = text.rpartition("Last error:\n")[2].strip() or text.strip() or type(error).__name__
+    line = text.splitlines()[0].split(" This is typically caused")[0]
+    return re.sub(r"^\[(?:enforce fail at )?\S*gloo\S*\] (?:\S+ != \S+ )?", "", line)
+
+
+def meeting_place(error: Exception) -> str:
+    """The variables that say where processes meet; empty for an error that is not the network's."""
+    if not (isinstance(error, dist.DistError) or any(p in str(error) for p in UNREACHABLE)):
+        return ""
+    names = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    found = (f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    return f" ({' '.join(found)})"
+
+
+def find_interface() -> str:
+    """The network interface between the nodes, for gloo.
+
+    By itself gloo takes the address that the node's name resolves to, which may be 127.0.1.1.
+    This is NCCL's choice: what NCCL_SOCKET_IFNAME says, then what leads to the main process, then
+    the first one, loopback and Docker's last.
+    """
+    addresses, states = psutil.net_if_addrs(), psutil.net_if_stats()
+    asked = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    names = tuple(filter(None, asked.lstrip("^=").split(",")))
+    towards_main = ""
+    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ.get("MASTER_ADDR", ""), 9))  # sends nothing
+        towards_main = probe.getsockname()[0]
+
+    def preference(interface: str) -> list[bool]:
+        own = {address.address for address in addresses[interface]}
+        is_named = interface in names if "=" in asked else interface.startswith(names)
+        return [
+            bool(names) and is_named == asked.startswith("^"),
+            any(address.startswith("127.") for address in own),
+            towards_main not in own,
+            interface.startswith(("docker", "br-", "veth", "virbr")),
+        ]
+
+    inet: list[str] = [
+        name
+        for name, own in addresses.items()
+        if name in states
+        and states[name].isup  # an alias has no state of its own
+        and any(a.family in (socket.AF_INET, socket.AF_INET6) for a in own)
+    ]
+    return min(inet, key=preference)

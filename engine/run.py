@@ -27,13 +27,11 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 
 from engine.checkpoints import Checkpoint, Writer, load, newest_whole, previous_of
-from engine.cli import UserError
-from engine.exits import Stopped
+from engine.cli import UserError, fall_back_to_stderr
 from engine.files import Named, check_outputs, lock, same_place, writing
 from engine.launch import ANSWER_WITHIN, set_patience
 from engine.metrics import Curves, Means, Sums, diverged, has_points
-from engine.preemption import Preemption
-from engine.streams import fall_back_to_stderr
+from engine.stop import Preemption, Stopped
 
 # Seconds that a restart waits for the lock: the old run may still be saving.
 PATIENCE = 30.0

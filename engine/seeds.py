@@ -42,13 +42,19 @@ def agree_on_seed(accelerator: Accelerator, seed: int | None) -> int:
 
 
 def use_deterministic_kernels(accelerator: Accelerator, deterministic: bool) -> None:
-    """Choose kernels as the original does: repeatable with a seed, else cuDNN's fastest.
+    """Choose a GPU's kernels as the original does: repeatable with a seed, else the fastest.
 
     Before `Accelerator.prepare`.
     """
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+    is_cpu = accelerator.device.type == "cpu"
     # DistributedDataParallel re-orders its buckets after a process's first step, and its sums with
     # them, unless it looks for unused parameters. Without that a resumed run ends with other bits.
-    is_cpu = accelerator.device.type == "cpu"
     accelerator.ddp_handler.find_unused_parameters = is_cpu or deterministic
+    if accelerator.device.type == "cuda":
+        # The backward passes of all fused kernels for attention add up in the order in which their
+        # blocks happen to end, once a sequence needs several blocks. A CPU's do not.
+        torch.backends.cuda.enable_flash_sdp(not deterministic)
+        torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)
+        torch.backends.cuda.enable_cudnn_sdp(not deterministic)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from engine.cli import UserError
 from engine.files import writing
-from engine.preemption import leave_signals_to_parent, start_workers
+from engine.stop import leave_signals_to_parent, start_workers
 
 SMALL = 128  # pixels a side; larger images are decoded by worker processes in every epoch
 PROBES = 64  # files whose headers tell whether a dataset's images are small

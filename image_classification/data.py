@@ -23,9 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
 from engine.cli import UserError
-from engine.exits import has_temporary_folder
-from engine.preemption import leave_signals_to_parent, start_workers
 from engine.seeds import derive_seed, seed_generators
+from engine.stop import has_temporary_folder, leave_signals_to_parent, start_workers
 from image_classification.augment import Crops, draw_crops, normalise, resize, resized_crop
 from image_classification.cache import decoded_images, open_image, small_side
 from image_classification.folders import Split, find_images
@@ -261,20 +260,9 @@ class ImageLoader:
         self.rows = torch.arange(len(self.targets)) if rows is None else rows
         self.device = accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        if isinstance(images, ImageFiles):
-            # As in the original, -j counts the workers of all of a node's processes.
-            workers = -(-workers // get_int_from_env(["LOCAL_WORLD_SIZE"], 1))
-            workers = min(workers, os.cpu_count() or 1)
-            # Filled anew for each epoch: the DataLoader and its workers live for the whole run.
-            self.keys: list[list[tuple[int, int]]] = []
-            self.loader = DataLoader(
-                images,
-                batch_sampler=self.keys,
-                num_workers=workers,
-                worker_init_fn=leave_signals_to_parent,
-                persistent_workers=workers > 0,
-                pin_memory=self.device.type == "cuda",
-            )
+        # As in the original, -j counts the workers of all of a node's processes.
+        share = -(-workers // get_int_from_env(["LOCAL_WORLD_SIZE"], 1))
+        self.workers = min(share, os.cpu_count() or 1)
 
     def __len__(self) -> int:
         """Global batches an epoch."""
@@ -321,8 +309,15 @@ class ImageLoader:
     def _pixels(self, epoch: int, parts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """[b, 3, size, size], float32 from 0 to 255, of the samples of each part."""
         if isinstance(self.images, ImageFiles):
-            self.keys[:] = [[(epoch, i) for i in rows.tolist()] for rows in parts]
-            for pixels in start_workers(self.loader):
+            # Workers live for an epoch: training's are gone when validation starts its own.
+            loader = DataLoader(
+                self.images,
+                batch_sampler=[[(epoch, i) for i in rows.tolist()] for rows in parts],
+                num_workers=self.workers,
+                worker_init_fn=leave_signals_to_parent,
+                pin_memory=self.device.type == "cuda",
+            )
+            for pixels in start_workers(loader):
                 yield pixels.to(self.device, non_blocking=True).float()
             return
         images = self.images.images

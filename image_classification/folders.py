@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file, make_dataset
 
 from engine.cli import UserError
+
+# What neither a class nor an image begins with: .ipynb_checkpoints, macOS's ._*, Synology's @eaDir.
+HIDDEN = (".", "@eaDir")
 
 
 class Split(NamedTuple):
@@ -33,6 +36,7 @@ def find_images(root: Path) -> ImageFolders:
     - plain folders, as the original's: train/<class>/*, val/<class>/*
 
     A class's images may lie in subfolders, as for torchvision's ImageFolder, whose order this is.
+    Hidden files and folders do not count.
 
     Raises:
         UserError: a missing folder or file, a class without images, a validation image whose
@@ -65,7 +69,8 @@ def _find_images(root: Path) -> ImageFolders:
     if "images" not in classes and images.is_dir():
         sorted_into[val].remove("images")
         sorted_into[images] = _folders(images)
-        flat = sorted(path.name for path in images.iterdir() if _is_image(path.name))
+        there = (path.name for path in images.iterdir() if not path.name.startswith(HIDDEN))
+        flat = sorted(filter(is_image_file, there))
     # Scripts that sort the validation images often leave an empty val/images behind.
     found = [f"class folders in {place}" for place, names in sorted_into.items() if names]
     found += [f"images in {images}"] if flat else []
@@ -93,38 +98,34 @@ def _visible(name: str) -> str:
 
 
 def _folders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        found = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-    for entry in found:
-        _refuse_broken_link(entry.path)
-    return [entry.name for entry in found if entry.is_dir()]
+    found = sorted(name for name in os.listdir(folder) if not name.startswith(HIDDEN))  # noqa: PTH208
+    for name in found:
+        _refuse_broken_link(folder / name)
+    return [name for name in found if (folder / name).is_dir()]
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-
-
-def _refuse_broken_link(path: str) -> None:
-    if not os.path.exists(path):  # noqa: PTH110
-        raise UserError(f"{path}: a link to {os.readlink(path)}, which is missing")  # noqa: PTH115
+def _refuse_broken_link(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"{path}: a link to {path.readlink()}, which is missing")
 
 
 def _list_classes(folder: Path, positions: dict[str, int]) -> Split:
-    split = Split([], [])
-    for name, position in positions.items():
-        count = len(split.paths)
-        # Sorted as by torchvision's make_dataset, which leaves out what it cannot read.
-        walk = os.walk(folder / name, onerror=_raise, followlinks=True)
-        for directory, _, names in sorted(walk):
-            for file in sorted(names):
-                path = os.path.join(directory, file)  # noqa: PTH118
-                if _is_image(file):
-                    split.paths.append(path)
-                    split.targets.append(position)
-                elif os.path.islink(path):  # noqa: PTH114
-                    _refuse_broken_link(path)
-        if len(split.paths) == count:
-            raise UserError(f"{folder / name}: holds no images ({', '.join(IMG_EXTENSIONS)})")
+    def is_valid(path: str) -> bool:
+        parts = path[len(str(folder)) + 1 :].split(os.sep)  # noqa: PTH206 (Path is slow)
+        if any(part.startswith(HIDDEN) for part in parts):
+            return False
+        if not is_image_file(path):
+            _refuse_broken_link(Path(path))  # to a folder, which may hold images
+        return bool(is_image_file(path))
+
+    for name in positions:
+        for _ in os.walk(folder / name, onerror=_raise, followlinks=True):
+            pass  # make_dataset leaves out what it cannot read
+    samples = make_dataset(folder, positions, is_valid_file=is_valid, allow_empty=True)
+    split = Split([path for path, _ in samples], [target for _, target in samples])
+    found = {*split.targets}
+    if empty := [name for name, position in positions.items() if position not in found]:
+        raise UserError(f"{folder / empty[0]}: holds no images ({', '.join(IMG_EXTENSIONS)})")
     return split
 
 

@@ -29,10 +29,9 @@ from accelerate import Accelerator
 import lm_main
 import resnet_main
 from engine import checkpoints
-from engine.exits import run_script
 from engine.launch import build_accelerator
-from engine.preemption import leave_signals_to_parent
 from engine.run import Run
+from engine.stop import leave_signals_to_parent, run_script
 from image_classification import data
 from image_classification.data import ImageLoader, load_dataset
 from image_classification.settings import ModelSpec

@@ -181,6 +181,21 @@ def test_a_graph_replays_what_a_step_computes(
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+def test_a_shorter_last_batch_needs_no_memory_beside_a_graphs() -> None:
+    step = GraphedStep(lambda x: ((x * 2 + 1).double().sum(),))
+    full, short = (torch.ones(n << 20, device="cuda") for n in (64, 60))
+    for _ in range(WARM_UP + 1):
+        step(full)
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    step(short)
+    assert torch.cuda.max_memory_reserved() <= before
+    for _ in range(WARM_UP + 2):
+        for batch in (full, short):
+            (total,) = step(batch)
+            assert total.item() == 3 * batch.numel()
+
+
 @pytest.mark.parametrize("model", ["LSTM", "GRU", "RNN_TANH", "RNN_RELU"])
 def test_an_rnns_small_gradients_survive_bf16(model: str) -> None:
     """In fp16, which autocast would make of them, these would be zero."""

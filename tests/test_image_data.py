@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import multiprocessing
 import os
 import shutil
 import struct
@@ -147,9 +148,14 @@ def test_the_images_of_a_class_are_those_of_imagefolder(tmp_path: Path) -> None:
     (root / "train" / "n00000002").rename(elsewhere)
     link = root / "train" / "n00000002"
     link.symlink_to(elsewhere)
-    for part in ("train", "val"):
-        theirs = ImageFolder(root / part).samples
-        assert [*zip(*getattr(find_images(root), part), strict=True)] == theirs
+    theirs = [ImageFolder(root / part).samples for part in ("train", "val")]
+    for hidden in (".ipynb_checkpoints", "@eaDir"):
+        for folder in (root / "train", root / "train" / "n00000000", deep):
+            (folder / hidden).mkdir()
+            shutil.copy(moved, folder / hidden / "x.jpg")
+    shutil.copy(moved, deep / "._x.jpg")
+    found = find_images(root)
+    assert [[*zip(*split, strict=True)] for split in (found.train, found.val)] == theirs
 
     def refused(what: Path) -> None:
         with pytest.raises(UserError, match=f"^{what}: a link to .*, which is missing"):
@@ -274,6 +280,17 @@ def test_large_images_go_through_the_originals_transforms(tmp_path: Path) -> Non
     Path(data.train.paths[0]).unlink()
     with pytest.raises(BadImageError):
         list(loader(data.train, image_size=56, workers=1).epoch(0))
+
+
+def test_workers_live_for_an_epoch(tmp_path: Path) -> None:
+    """Training's have gone when validation has its own: there are never more than -j."""
+    data = load(make_dataset(tmp_path / "set", "plain", side=160))
+    workers = min(2, os.cpu_count() or 1)
+    loaders = [loader(data.train, workers=2), loader(data.val, train=False, workers=2)]
+    for part in (*loaders, *loaders):
+        for _ in part.epoch(0):
+            assert len(multiprocessing.active_children()) == workers
+        assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("side", [64, 160])

@@ -25,8 +25,8 @@ from kit import (
     run,
 )
 
-from engine.exits import _mistake
-from engine.network import find_interface, reason
+from engine.launch import find_interface, reason
+from engine.stop import _mistake
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
 
@@ -193,10 +193,10 @@ def test_the_cause_is_found_in_what_torch_says() -> None:
 PATIENT = """
 import datetime, os, sys, time
 import lm_main
-from engine import launch, preemption, run
-from engine.exits import run_script
+from engine import launch, run
+from engine.stop import run_script
 
-for module in launch, preemption, run:
+for module in launch, run:
     module.ANSWER_WITHIN = datetime.timedelta(seconds=4)
 load_corpus = lm_main.load_corpus
 
@@ -328,7 +328,7 @@ def test_garbage_is_collected_except_while_a_command_imports() -> None:
     code = """
 import gc
 from engine.cli import ArgumentParser
-from engine.exits import check_flags, run_script
+from engine.stop import check_flags, run_script
 check_flags(ArgumentParser("A command."))
 print(gc.isenabled())
 run_script(lambda: print(gc.isenabled()))
@@ -360,8 +360,8 @@ def test_gloo_takes_the_interface_that_nccl_would(monkeypatch: pytest.MonkeyPatc
     own = {"lo": "127.0.0.1", "docker0": "172.17.0.1", "eth0:1": "10.0.0.9", "eth0": "10.0.0.5"}
     inet = {name: [SimpleNamespace(family=socket.AF_INET, address=a)] for name, a in own.items()}
     states = {name: SimpleNamespace(isup=True) for name in own if ":" not in name}
-    monkeypatch.setattr("engine.network.psutil.net_if_addrs", lambda: inet)
-    monkeypatch.setattr("engine.network.psutil.net_if_stats", lambda: states)
+    monkeypatch.setattr("engine.launch.psutil.net_if_addrs", lambda: inet)
+    monkeypatch.setattr("engine.launch.psutil.net_if_stats", lambda: states)
     for main in ("fd00::1", "no-such-host.invalid", ""):
         monkeypatch.setenv("MASTER_ADDR", main)
         for asked, expected in (

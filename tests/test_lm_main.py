@@ -312,7 +312,7 @@ def test_a_missing_exporter_is_said_before_training(tmp_path: Path) -> None:
     script = tmp_path / "without.py"
     script.write_text(
         "import sys\nsys.modules['onnxscript'] = None\nimport lm_main\n"
-        "from engine.exits import run_script\nrun_script(lm_main.main)\n"
+        "from engine.stop import run_script\nrun_script(lm_main.main)\n"
     )
     line = error_line(run(str(script), "--onnx-export", "x.onnx", cwd=tmp_path))
     assert "--onnx-export needs onnxscript: pip install onnx onnxscript" in line

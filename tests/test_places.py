@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 import torch
 from chaos import read, scalars
+from image_classification.training import default_folder
 from kit import KIT, Result, Running, error_line, launch, make_corpus, make_dataset, run
+from word_language_model.training import beside, best_of
 
 from engine import checkpoints, files
 from engine.checkpoints import previous_of
 from engine.cli import UserError
 from engine.metrics import Curves
-from image_classification.training import default_folder
 from word_language_model.export import export_onnx
 from word_language_model.model import build_model
 from word_language_model.settings import ModelSpec
-from word_language_model.training import beside, best_of
 
 TINY = ("--data", "set", "--emsize", 8, "--nhid", 8, "--batch_size", 4, "--bptt", 5, "--epochs")
 
@@ -428,7 +428,7 @@ def test_a_run_without_a_folder_is_named_by_what_it_runs_on(tmp_path: Path) -> N
     ):
         accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes)
         args = SimpleNamespace(arch=arch, resume=resume, evaluate=evaluate)
-        assert default_folder(accelerator, args) == Path("output", name)  # type: ignore[arg-type]
+        assert default_folder(accelerator, args) == Path("output", name)
 
 
 def test_a_log_folder_whose_name_is_no_utf8_is_one_line(tmp_path: Path) -> None:

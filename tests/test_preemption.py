@@ -176,20 +176,19 @@ def test_a_run_stopped_in_validation_does_not_train_its_epoch_again(tmp_path: Pa
 
 WAITING = """
 import sys, time
-from engine import preemption as signals
-from engine.exits import run_script
+from engine import stop
 from engine.launch import build_accelerator
 
 def main():
-    signals.SAME_REQUEST = 0.5
-    preemption = signals.Preemption(build_accelerator())
+    stop.SAME_REQUEST = 0.5
+    preemption = stop.Preemption(build_accelerator())
     print("ready", flush=True)
     if sys.argv[1] == "deferred":
         with preemption.deferred():
             time.sleep(60)
     time.sleep(60)
 
-run_script(main)
+stop.run_script(main)
 """
 
 
@@ -218,7 +217,7 @@ def test_a_signal_outside_training_stops_at_once_and_a_second_within_it(tmp_path
 LAST_MOMENT = """
 import os, signal, sys
 import lm_main
-from engine.exits import run_script
+from engine.stop import run_script
 from engine.run import Run
 
 whole = Run.end_of_epoch

@@ -17,7 +17,7 @@ from kit import error_line, make_corpus, make_dataset, run
 import reproduce
 from engine.checkpoints import load
 from engine.cli import UserError
-from engine.exits import Stopped
+from engine.stop import Stopped
 
 CHROMIUM = next(filter(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome")), "")
 FLAGS = ["--data", "images", "--text", "text", "--epochs", "2", "--text-epochs", "1"]

@@ -36,9 +36,9 @@ CACHED = 700_000  # logits, in float32 2.8 MB
 def _widened(matrix: torch.Tensor, last: torch.Tensor | float) -> torch.Tensor:
     """`matrix` in autocast's precision, with `last` as one more column.
 
-    A weight takes its bias along so, and features a 1: in bf16, F.linear with a bias takes three
-    times as long. Columns of zeros make their number a multiple of 16, which oneDNN multiplies
-    faster.
+    Folds the bias into the weight as one more column, and a 1 into the features: in bf16, F.linear
+    with a bias is three times slower. Columns of zeros make their number a multiple of 16, which
+    oneDNN multiplies faster.
     """
     size = matrix.shape[1]
     columns = -(-(size + 1) // 16) * 16

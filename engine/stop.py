@@ -1,11 +1,13 @@
-"""How a process ends: its exit code, one line on stderr, and of several processes one that speaks.
+"""How a process stops: signals, exit codes, and one line on stderr from one of several processes.
 
-Every command enters through `run_script`, and imports this module before all others: it imports
-nothing slow itself, and from then on Ctrl-C ends the process without a traceback.
+Every command imports this module before all others and enters through `run_script`. The module
+itself imports nothing slow, and from its import on Ctrl-C ends a command without a traceback.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import gc
 import multiprocessing
@@ -15,13 +17,18 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from engine.cli import ArgumentParser, UserError
-from engine.streams import fall_back_to_stderr, make_unfailing
+from engine.cli import ArgumentParser, UserError, fall_back_to_stderr, make_unfailing
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+
+T = TypeVar("T")
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, to be resumed
@@ -29,13 +36,17 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, to be resum
 # How torchrun, mpirun's families and srun number the processes that they start.
 RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 
-# What a path can have that nobody may search, or that is too long, or no path at all.
+# Error numbers that mean the path itself is bad.
 OF_A_PATH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 
 # Windows lacks some of them.
 STOP_SIGNALS = tuple(
     signum for signum in signal.Signals if signum.name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 )
+
+# The terminal or the scheduler signals all processes, and a launcher passes the signal on once
+# more. Within this many seconds that is one request. A later one means "at once".
+SAME_REQUEST = 3.0
 
 
 class Stopped(BaseException):
@@ -68,13 +79,13 @@ def has_temporary_folder() -> bool:
 
 
 if _runs_a_command():
-    # An exception would print where in which library it came, or be swallowed by that.
+    # KeyboardInterrupt would print a traceback through some library, or be swallowed there.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave_while_loading)
-    # Every process would print torch's warnings in C++, such as that find_unused_parameters, which
-    # keeps four CPU processes exact, costs time. Errors stay.
+    # Every process would repeat the warnings of torch's C++, as that find_unused_parameters costs
+    # time. Errors stay.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # torch asks for a folder for compiled kernels also where it compiles none.
+    # torch looks for a folder for compiled kernels even when it compiles none.
     if not has_temporary_folder():
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.sep)
 
@@ -83,8 +94,8 @@ def check_flags(parser: ArgumentParser, *, alone: bool = False) -> None:
     """Answer `--help` and refuse mistaken flags, before the seconds that importing torch takes.
 
     Args:
-        alone: whether the command is the work of one process. Of several that a launcher has
-            started, the first then does it, and the others leave here. One gives help in any case.
+        alone: whether the command is the work of one process. All but the first then leave here.
+            Help is always given by the first alone.
     """
     make_unfailing()
     if rank() > 0 and (alone or {"-h", "--help"} & {*sys.argv[1:]}):
@@ -93,7 +104,7 @@ def check_flags(parser: ArgumentParser, *, alone: bool = False) -> None:
         parser.parse(None)
     except UserError as error:
         _refuse(str(error))
-    # The imports that follow leave no garbage, and looking for it takes a third of their time.
+    # The imports that follow leave no garbage, and the search for it is a third of their time.
     if not hasattr(sys, "ps1"):  # IPython's, whose own garbage stays
         gc.disable()
 
@@ -101,8 +112,8 @@ def check_flags(parser: ArgumentParser, *, alone: bool = False) -> None:
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run `main` and leave the process; a `UserError` ends in one line and exit code 2.
 
-    Before the processes of a run have joined, all of them usually meet the same mistake, and the
-    first to leave makes the launcher end the others: so each waits its turn to speak.
+    Processes that have not joined yet usually all meet the same mistake. The first to leave makes
+    the launcher end the others, so each waits its turn to speak.
     """
     if signal.getsignal(signal.SIGINT) is _leave_while_loading:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -112,14 +123,14 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         gc.enable()
     try:
         main()
-        # Not by the interpreter's own end, in which gloo's threads now and then abort the process.
+        # The interpreter's own end is not safe: gloo's threads now and then abort the process.
         leave(0)
     except Exception as error:
-        from engine.network import failure
-
         if mistake := _mistake(error):
             _refuse(mistake)
-        if lost := _lost_worker(error) or failure(error):
+        from engine.launch import network_failure
+
+        if lost := _lost_worker(error) or network_failure(error):
             _report(lost)
             leave(1)
         end_workers()
@@ -138,8 +149,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
 def _refuse(mistake: str) -> NoReturn:
     if _store() is None:
-        # Another process may have failed first: unblock the launcher's SIGTERM, so that it ends
-        # this one before it repeats the message.
+        # Let the launcher's SIGTERM end this process before it repeats another one's message.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         unblock_signals()
         time.sleep(min(10 * rank(), 30))
@@ -148,7 +158,7 @@ def _refuse(mistake: str) -> NoReturn:
 
 
 def _mistake(error: Exception) -> str | None:
-    """The line for what the user can mend: the input, or the machine; None for any other error."""
+    """The line for what the user can mend, in the input or the machine; None for other errors."""
     text = str(error)
     if "No usable temporary directory" in text:  # of Python's tempfile
         return "no temporary folder can be written: TMPDIR=/a/folder names one"
@@ -192,7 +202,7 @@ def _lost_worker(error: Exception) -> str | None:
 
 
 def unblock_signals() -> None:
-    """Let signals arrive that cluster/slurm_task.sh blocks while Python loads its libraries."""
+    """Let the signals arrive that cluster/slurm_task.sh blocks until here."""
     if hasattr(signal, "pthread_sigmask"):  # which Windows lacks
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
@@ -203,7 +213,7 @@ def rank() -> int:
 
 
 def _store() -> Any:
-    """What the processes of a run share, once they have joined."""
+    """The key-value store of the run's processes; None before they have joined."""
     dist = sys.modules.get("torch.distributed")
     return dist.distributed_c10d._get_default_store() if dist and dist.is_initialized() else None
 
@@ -220,7 +230,7 @@ def _report(message: str) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit at once: the ordinary way waits for process groups and workers that may be gone."""
+    """Exit at once. The ordinary way waits for process groups and workers that may be gone."""
     for signum in STOP_SIGNALS:  # one more would change the exit code
         signal.signal(signum, signal.SIG_IGN)
     sys.stdout.flush()
@@ -235,8 +245,116 @@ def leave(code: int) -> NoReturn:
 
 
 def end_workers() -> None:
-    """Kill the processes that this one has started; its own end would wait a minute for them."""
-    if hasattr(signal, "SIGCHLD"):  # whose handler, torch's, raises for a worker that is killed
+    """Kill the processes that this one has started. Its own end would wait a minute for them."""
+    if hasattr(signal, "SIGCHLD"):  # torch's handler raises for a worker that is killed
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
+
+
+class Preemption:
+    """Lets a stop signal end a training on all processes after the same step.
+
+    A signal raises `Stopped`: within `deferred()` at the next `check()`, elsewhere at once. A
+    second one ends the process on the spot. A launcher that dies takes its processes along in
+    the same way.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.signum, self.since, self.is_deferred = 0, 0.0, False
+        self.group: Any = None
+        self.pending: Any = None  # the flag that was sent last, and the handle of its sending
+        if accelerator.num_processes > 1:
+            import torch.distributed as dist
+
+            from engine.launch import ANSWER_WITHIN
+
+            # A group of its own: reading a flag over NCCL would make the CPU wait for the GPU.
+            self.group = dist.new_group(backend="gloo", timeout=ANSWER_WITHIN)
+        for signum in STOP_SIGNALS:
+            # Ignored by nohup: the run is to outlive its terminal.
+            if signum.name != "SIGHUP" or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self._note)
+        unblock_signals()  # one that came during the start arrives now
+        # Only `accelerate launch` and torchrun set these. Without them the parent is a shell,
+        # whose end means nothing.
+        launched = {"ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+        if launched and sys.platform == "linux":
+            pr_set_pdeathsig = 1  # of linux/prctl.h
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum and time.monotonic() - self.since > SAME_REQUEST:
+            with contextlib.suppress(OSError):
+                os.write(2, b"=> a second signal: stopped at once\n")
+            os._exit(128 + signum)
+        if not self.signum:
+            self.signum, self.since = signum, time.monotonic()
+            if not self.is_deferred:
+                raise Stopped(signum)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within it a signal waits for `check`."""
+        self.is_deferred = True
+        try:
+            yield
+        finally:
+            self.is_deferred = False
+
+    def check(self, is_last: bool = False) -> None:
+        """Raise `Stopped` when a signal has come to any process; all call it equally often.
+
+        Several processes learn here what was known at the call before, so that none waits.
+
+        Args:
+            is_last: wait for what is known now, as there is no next call.
+        """
+        agreed = self.signum
+        if self.group is not None:
+            import torch
+            import torch.distributed as dist
+
+            # The highest number wins: SIGTERM over SIGUSR1 over SIGINT over SIGHUP.
+            flag = torch.tensor([self.signum])
+            work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            known = [self.pending, (flag, work) if is_last else None]
+            self.pending = None if is_last else (flag, work)
+            agreed = 0
+            for sent in filter(None, known):
+                sent[1].wait()
+                agreed = max(agreed, int(sent[0]))
+        if agreed:
+            # This process's own signal may still be on its way: it is the same request.
+            self.signum, self.since = agreed, time.monotonic()
+            raise Stopped(agreed)
+
+
+def start_workers(loader: DataLoader[T]) -> Iterator[T]:
+    """`iter(loader)`; the stop signals are kept from its workers until they ignore them.
+
+    Raises:
+        UserError: the machine has no room for them.
+    """
+    can_block = hasattr(signal, "pthread_sigmask")  # which Windows lacks
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if can_block else set()
+    try:
+        return iter(loader)
+    except OSError as error:  # of a fork, or of a semaphore, which lies in /dev/shm
+        raise UserError(
+            f"cannot start {loader.num_workers} worker processes ({error.strerror}): use fewer "
+            "--workers (0: none), or give them more room (memory, processes, /dev/shm)"
+        ) from error
+    finally:
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """A DataLoader's `worker_init_fn`: a signal to the whole group is for the training alone."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    # A parent that ends sends its workers SIGTERM. The step under way may still need them.
+    if hasattr(signal, "alarm"):  # which Windows lacks
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    unblock_signals()

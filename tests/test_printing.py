@@ -7,20 +7,19 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from chaos import differences, read
 from kit import KIT, PATIENCE, Result, Running, make_corpus, run
 
-from engine import streams
-
 FLAGS = ["--data", "textö", "--emsize", "8", "--nhid", "8", "--batch_size", "4", "--bptt", "5"]
 FLAGS += ["--log-interval", "1", "--epochs", "1"]
 LAST = "| End of training | test loss "
+FULL, CLOSED = Path("/dev/full"), None
 
 
 @pytest.fixture(scope="module")
@@ -40,43 +39,28 @@ def folder(undisturbed: Path, tmp_path: Path) -> Iterator[Path]:
     assert list(differences(expected, found)) == []
 
 
-def train(
-    folder: Path, out: Path | None, err: Path | None = None, env: dict[str, str] | None = None
-) -> Running:
+def train(folder: Path, out: Path | None, err: Path | None, **env: str) -> Running:
     for path in folder.glob("model*"):  # of the test's first run
         path.unlink() if path.is_file() else shutil.rmtree(path)
-    into = (out, err or folder / ".stderr")
-    return Running("lm_main.py", *FLAGS, cwd=folder, env=env or {}, streams=into)
+    return Running("lm_main.py", *FLAGS, cwd=folder, env=env, streams=(out, err))
 
 
-def test_a_stream_that_is_closed(folder: Path) -> None:
-    process = Running("lm_main.py", *FLAGS, cwd=folder, env={}, streams=(None, None))
-    assert process.finish().code == 0
-    files = [path for path in folder.iterdir() if path.is_file()]
-    # Each has its own number: what libraries print on 1 and 2 has reached none of them.
-    names = sorted(path.name for path in files)
-    assert names == [
-        ".model.checkpoint.pt.lock",
-        ".stderr",
-        ".stdout",
-        "model.checkpoint.pt",
-        "model.pt",
-    ]
-    assert train(folder, None).finish() == Result(0, "", "")
-
-
-def test_a_full_disk_is_one_line(folder: Path) -> None:
-    result = train(folder, Path("/dev/full")).finish()
-    assert result.code == 0
-    assert result.err == "lm_main.py: what is printed gets lost (No space left on device)\n"
-    both = train(folder, Path("/dev/full"), Path("/dev/full")).finish()
-    assert both.code == 0
+def test_a_disk_that_is_full_and_a_stream_that_is_closed(folder: Path) -> None:
+    err = folder / ".stderr"
+    full = "lm_main.py: what is printed gets lost (No space left on device)\n"
+    assert train(folder, FULL, err).finish() == Result(0, "", full)
+    assert train(folder, FULL, FULL).finish().code == 0
+    assert train(folder, CLOSED, err).finish() == Result(0, "", "")
+    assert train(folder, CLOSED, CLOSED).finish().code == 0
+    # Each file has its own number: what libraries print on 1 and 2 has reached none of them.
+    names = {".model.checkpoint.pt.lock", "model.checkpoint.pt", "model.pt", ".stdout", ".stderr"}
+    assert {path.name for path in folder.iterdir() if path.is_file()} == names
 
 
 def test_a_reader_that_goes(folder: Path) -> None:
     pipe = folder / "pipe"
     os.mkfifo(pipe)
-    process = train(folder, pipe)
+    process = train(folder, pipe, folder / ".stderr")
     with pipe.open() as reader:
         assert reader.readline().startswith("=> 1 process on CPU")
     assert process.finish() == Result(0, "", "")
@@ -87,26 +71,10 @@ def test_a_reader_that_goes(folder: Path) -> None:
     assert LAST in result.out
 
 
-def test_a_pipe_that_does_not_block() -> None:
-    """As another process may leave it: nothing is lost where its reader is slow."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    text = "".join(f"line {i}\n" for i in range(50_000))  # several times a pipe's size
-    with ThreadPoolExecutor(1) as pool, open(writer, "wb", buffering=0) as raw:  # noqa: PTH123
-        printed = pool.submit(streams._Stream(raw).write, text.encode())
-        found = b""
-        while len(found) < len(text):
-            time.sleep(0.01)
-            found += os.read(reader, 1 << 16)
-        assert printed.result() == len(text)
-    os.close(reader)
-    assert found.decode() == text
-
-
 def test_a_terminal_that_is_closed(folder: Path) -> None:
     """With a progress bar on it, and lines between."""
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(ours, (24, 80))
+    termios.tcsetwinsize(ours, (24, 80))  # else the bar has no room for its words
     terminal = Path(os.ttyname(theirs))
     process = train(folder, terminal, terminal)
     shown = b""
@@ -119,43 +87,23 @@ def test_a_terminal_that_is_closed(folder: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_what_an_encoding_lacks_is_escaped(encoding: str, folder: Path) -> None:
-    process = train(folder, folder / ".stdout", env={"PYTHONIOENCODING": encoding})
-    process.process.join(PATIENCE)
-    assert process.process.exitcode == 0
-    text = (folder / ".stdout").read_text(encoding)
+    process = train(folder, folder / ".out", folder / ".stderr", PYTHONIOENCODING=encoding)
+    assert process.finish() == Result(0, "", "")
+    text = (folder / ".out").read_text(encoding)
     assert ("text\\xf6" if encoding == "ascii" else "textö") in text
     assert LAST in text
 
 
-NOTEBOOK = """
-import io, runpy, signal, sys
-
-class Cell(io.TextIOBase):
-    text = ""
-    def write(self, text):
-        self.text += text
-        return len(text)
-
-cell, python, sys.ps1 = Cell(), sys.stdout, "In : "
-script, *argv = sys.argv[1:]
-for save in "again.pt", "model.pt":
-    sys.argv, sys.stdout = [script, *argv, "--save", save], cell
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        sys.stdout = python
-        print(end.code, cell.text.splitlines()[-2], signal.getsignal(signal.SIGINT).__name__)
-"""
-
-
-def test_a_notebook_goes_on_after_its_cell(folder: Path) -> None:
-    (folder / "notebook.py").write_text(NOTEBOOK)
-    script = KIT / "lm_main.py"
-    result = run(str(folder / "notebook.py"), script, *FLAGS, cwd=folder)
-    lines = result.out.splitlines()
-    assert len(lines) == 2, result
-    for line in lines:
-        assert line.startswith(f"0 {LAST}") and line.endswith("default_int_handler")
+def test_a_pipe_that_does_not_block_loses_no_line() -> None:
+    """Another process may leave it so; its reader is slow."""
+    code = "import os\nfrom engine.cli import make_unfailing\nmake_unfailing()\n"
+    code += "os.set_blocking(1, False)\nfor i in range(50_000): print('line', i)\n"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=KIT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        time.sleep(1)  # so that the pipe is full
+        assert process.stdout.read() == "".join(f"line {i}\n" for i in range(50_000))
+    assert process.returncode == 0
 
 
 def test_ctrl_c_ends_the_reader_as_well(undisturbed: Path, tmp_path: Path) -> None:
@@ -184,15 +132,51 @@ def test_ctrl_c_ends_the_reader_as_well(undisturbed: Path, tmp_path: Path) -> No
 
 
 def test_where_the_text_is_what_the_command_is_for_its_loss_is_an_error(undisturbed: Path) -> None:
-    for script, *flags in (
-        ("lm_generate.py", "--outf", "-", "--words", 50),
-        ("model_summary.py",),
-        ("model_summary.py", "--json"),
-    ):
-        for out, why in ((Path("/dev/full"), "No space left on device"), (None, "it is closed")):
+    commands: list[list[object]] = [["lm_generate.py", "--outf", "-", "--words", 50]]
+    commands += [["model_summary.py"], ["model_summary.py", "--json"]]
+    for script, *flags in commands:
+        for out, why in ((FULL, "No space left on device"), (CLOSED, "Bad file descriptor")):
             into = (out, undisturbed / ".stderr")
-            process = Running(script, *flags, cwd=undisturbed, env={}, streams=into)
-            result = process.finish()
+            result = Running(str(script), *flags, cwd=undisturbed, env={}, streams=into).finish()
             assert result.code == 2, result
             last = result.err.splitlines()[-1]
             assert last == f"{script}: error: cannot write to standard output: {why}"
+    # `| head` has seen enough, long before a million words.
+    flags = ["--outf", "-", "--words", 1_000_000]
+    pipe = undisturbed / "pipe"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: pipe.open().readline())
+    reader.start()
+    into = (pipe, undisturbed / ".stderr")
+    result = Running("lm_generate.py", *flags, cwd=undisturbed, env={}, streams=into).finish()
+    assert result.code == 0 and "error" not in result.err, result
+
+
+NOTEBOOK = """
+import io, runpy, signal, sys
+
+class Cell(io.TextIOBase):
+    text = ""
+    def write(self, text):
+        self.text += text
+        return len(text)
+
+cell, python, sys.ps1 = Cell(), sys.stdout, "In : "
+script, *argv = sys.argv[1:]
+for save in "again.pt", "model.pt":
+    sys.argv, sys.stdout = [script, *argv, "--save", save], cell
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        sys.stdout = python
+        print(end.code, cell.text.splitlines()[-2], signal.getsignal(signal.SIGINT).__name__)
+"""
+
+
+def test_a_notebook_goes_on_after_its_cell(folder: Path) -> None:
+    (folder / "notebook.py").write_text(NOTEBOOK)
+    result = run(str(folder / "notebook.py"), KIT / "lm_main.py", *FLAGS, cwd=folder)
+    lines = result.out.splitlines()
+    assert len(lines) == 2, result
+    for line in lines:
+        assert line.startswith(f"0 {LAST}") and line.endswith("default_int_handler")
