@@ -1,7 +1,7 @@
 # make demo    train and evaluate on built-in data, from nothing to a checkpoint
 # make report  the whole report, trained on built-in data: output/report/report.html
 # make test    the test suite
-# make test-cluster    the batch scripts, submitted to a SLURM that is started for it
+# make test-cluster    the batch script, submitted to a SLURM that is started for it
 # make test-gpu, make benchmark-gpu    on a machine with a GPU, by its own python where there is no venv
 # make lint    ruff and mypy
 # make venv    the environment alone; VENV=/elsewhere places it

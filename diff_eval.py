@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{paths[0]} has {counts[0]} classes and {paths[1]} {counts[1]}: they cannot be "
             "compared"
         )
-    # None for one that does not say, when the data decides.
+    # None where neither the checkpoint nor the flag says: the data decides.
     sizes = [content.value("image_size", int) or args.image_size for content in contents]
     if not Path(args.data).exists() and args.data != "sample":
         raise UserError(f"{args.data} is missing, and this script downloads nothing: name --data")

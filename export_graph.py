@@ -14,11 +14,12 @@ from engine.stop import check_flags, run_script  # before what is slow: see ther
 
 # isort: split
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli import ArgumentParser, UserError, filename, pathname
+from engine.cli import ArgumentParser, filename, pathname
 from image_classification.settings import DEFAULT
 from word_language_model.settings import MODELS
 
@@ -91,8 +92,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         show_saved=args.show_shapes,
     )
     graph.attr(label=f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    write(graph, path, file_format)
-    print(f"=> {path}")
+    written, message = path, f"=> {path}"
+    try:
+        content = graph.source.encode() if file_format == "gv" else graph.pipe(file_format)
+    except graphviz.ExecutableNotFound:
+        written, content = path.with_suffix(".gv"), graph.source.encode()
+        draw = shlex.join(["dot", f"-T{file_format}", str(written), "-o", str(path)])
+        message = f"=> {written}, to be drawn by Graphviz (apt, brew or conda install it): {draw}"
+    with writing(written) as temporary:
+        temporary.write_bytes(content)
+    print(message)
 
 
 def trace(
@@ -120,26 +129,6 @@ def trace(
     word = torch.zeros(1, 1, dtype=torch.long)
     features, _ = model.features(word, model.initial_hidden(1))
     return kind, model, model.decoder(features)
-
-
-def write(graph: graphviz.Digraph, path: Path, file_format: str) -> None:
-    """Render `graph` to `path`, or write only its source where `dot` is not installed.
-
-    Raises:
-        UserError: no `dot`, naming the source and how to render it; or a full disk.
-    """
-    try:
-        content = graph.source.encode() if file_format == "gv" else graph.pipe(file_format)
-    except graphviz.ExecutableNotFound as error:
-        source = path.with_suffix(".gv")
-        write(graph, source, "gv")
-        raise UserError(
-            f"Graphviz's program dot is not installed, so only {source} was written: install it "
-            f"(apt install graphviz, brew install graphviz), then dot -T{file_format} {source} "
-            f"-o {path}"
-        ) from error
-    with writing(path) as temporary:
-        temporary.write_bytes(content)
 
 
 if __name__ == "__main__":

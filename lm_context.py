@@ -12,7 +12,7 @@ For words of the test text, evenly spaced in it:
 - the influence of the word k places before: the mean norm of the gradient of a word's
   log-probability with respect to that word's embedding, as a share of all of them.
 
-Prints a table, and writes context.csv and context.png.
+Prints a table and what it says, and writes context.csv and context.png.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from engine.stop import check_flags, run_script  # before what is slow: see ther
 import argparse
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,10 +81,14 @@ class Context(NamedTuple):
     receptive_field: int  # 0 where the layers set no limit
 
     @property
+    def full(self) -> float:
+        """The loss with all words visible that the model can take."""
+        return self.losses[max(self.losses)]
+
+    @property
     def effective(self) -> int:
-        """The smallest number of words with nearly the loss of all that the model can take."""
-        *_, full = self.losses.values()
-        return next(n for n, loss in self.losses.items() if loss <= full * (1 + TOLERANCE))
+        """The smallest number of words with nearly the full loss."""
+        return next(n for n, loss in self.losses.items() if loss <= self.full * (1 + TOLERANCE))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     kinds = [checkpoint["model"] for checkpoint in checkpoints]
     contexts = []
     for checkpoint, kind, model in zip(checkpoints, kinds, models, strict=True):
-        most = args.max_context
-        if kind == "Transformer":  # which never met a position beyond
-            most = min(most, checkpoint.value("bptt", int) or most)
+        # A Transformer met no position beyond its --bptt.
+        longest = checkpoint.value("bptt", int) if kind == "Transformer" else None
+        most = min(args.max_context, longest or args.max_context)
         name = kind if kinds.count(kind) == 1 else f"{kind} {checkpoint.path}"
         context = measure(accelerator, model, name, corpus.test, places, most)
         if not all(map(math.isfinite, context.losses.values())):
@@ -176,7 +180,7 @@ def measure(
                     found = torch.linalg.vector_norm(gradient.float(), dim=2)  # oldest word first
                     norms[batch, : len(found)] = found.flip(0).t()
                 bar.update(length * len(loss))
-    # Sums with zeros, which have no rounding.
+    # Only one process has a figure for each place, the others zero: the sums are exact.
     means = accelerator.reduce(losses, "sum").double().mean(1).tolist()
     influence = accelerator.reduce(norms, "sum").double().mean(0)
     return Context(
@@ -219,6 +223,7 @@ def report(contexts: list[Context], count: int, args: argparse.Namespace) -> Non
         row = "".join("       " if loss is None else f"{loss:7.3f}" for loss in found)
         field = str(context.receptive_field or "")
         print(f"{context.name:{width}}{row}{context.effective:20}{field:>18}".rstrip())
+    print("", *findings(contexts), sep="\n")
     with writing(args.output_dir / CSV) as temporary, temporary.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["model", "measure", "words", "value"])
@@ -233,6 +238,38 @@ def report(contexts: list[Context], count: int, args: argparse.Namespace) -> Non
     with writing(args.output_dir / PICTURE) as temporary:
         draw(contexts).savefig(temporary, format="png", dpi=120)
     print(f"=> {args.output_dir / CSV}, {args.output_dir / PICTURE}")
+
+
+def findings(contexts: list[Context]) -> Iterator[str]:
+    """What the table and the influence say, in three sentences."""
+    needs = [
+        f"the {c.name} needs the last {c.effective} of {c.receptive_field or max(c.losses)}"
+        for c in contexts
+    ]
+    yield (
+        f"To come within {100 * TOLERANCE:g} % of its loss with all words visible, {listed(needs)}."
+    )
+    falls = [f"{c.losses[1] - c.full:.3f} nats for the {c.name}" for c in contexts]
+    lowest = min(contexts, key=lambda c: c.full)
+    yield (
+        f"From one visible word to all of them the loss falls by {listed(falls)}; it ends lowest "
+        f"for the {lowest.name}, at {lowest.full:.3f}."
+    )
+    far = next((c.receptive_field for c in contexts if c.receptive_field), 7)
+    shares = [
+        f"{100 * sum(c.influence[far:]):.1f} % in the {c.name}"
+        + " (its receptive field ends there)" * (c.receptive_field == far)
+        for c in contexts
+    ]
+    yield (
+        f"Of all influence on a prediction, words more than {far} places back have "
+        f"{listed(shares)}."
+    )
+
+
+def listed(parts: list[str]) -> str:
+    *most, last = parts
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def draw(contexts: list[Context]) -> Figure:

@@ -26,7 +26,6 @@ from engine.stop import (  # before what is slow: see there
 import argparse
 import base64
 import contextlib
-import csv
 import json
 import mimetypes
 import os
@@ -37,7 +36,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -83,11 +82,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from diff_eval import CSV as IMAGE_TABLE
-from diff_eval import HEAD, LABEL, SHEET, THUMBNAIL
+from diff_eval import SHEET
 from engine.files import check_writable, writing
 from engine.launch import emulates_bf16
-from lm_context import CSV as CONTEXT_TABLE
 from lm_context import PICTURE as CONTEXT_PICTURE
 
 KIT = Path(__file__).resolve().parent
@@ -99,10 +96,9 @@ TRAININGS = {
     "gpu4": "four GPUs",
 }
 LANGUAGE_MODELS = {"Transformer": 5, "LSTM": 20, "CNN": 20}  # and their learning rates
-# Variables of a launcher that has started this script, which its commands must not take for theirs.
+# Variables of a launcher, which may have started this script. Its commands must not see them.
 LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-METRICS = ("Loss", "Acc@1", "Acc@5")
-SHEET_ROWS = 4  # of a contact sheet in the report
+METRICS = {"Loss": 3, "Acc@1": 1, "Acc@5": 1}  # and their decimals
 STYLE = """
 body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; font-size: 90% }
@@ -114,18 +110,19 @@ p:has(img) { max-height: 48em; overflow: auto }
 Curve = dict[int, float]  # by epoch
 
 
-class Reproduction:
-    """What was run so far, kept in state.json, and the report that it makes."""
+class Report:
+    """The commands that were run so far, kept in state.json, and the pages that they make."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.folder = args, args.output_dir
+        self.args = args
+        self.folder: Path = args.output_dir
         self.pictures = self.folder / "report"
+        self.sections: list[str] = []
+        self.failures: list[str] = []  # of this call
         check_writable(self.folder, "--output-dir")
         settings = {key: value for key, value in vars(args).items() if key != "output_dir"}
-        self.sections: list[str] = []
-        self.called: list[str] = []  # steps of this call
-        self.state_path = self.folder / "state.json"
         self.state: dict[str, Any] = {"settings": settings, "steps": {}}
+        self.state_path = self.folder / "state.json"
         if not self.state_path.exists():
             if foreign := sorted(path.name for path in self.folder.iterdir()):
                 raise UserError(
@@ -151,49 +148,44 @@ class Reproduction:
         with writing(self.state_path) as temporary:
             temporary.write_text(json.dumps(self.state, indent=1))
 
-    def log(self, name: str) -> Path:
-        path: Path = self.folder / "logs" / f"{name}.log"
-        return path
-
-    def is_done(self, name: str) -> bool:
-        code: int | None = self.state["steps"].get(name, {}).get("code")
-        return code == 0
-
-    def run(self, name: str, command: list[str]) -> bool:
-        """Run a command unless it is done; returns whether it was successful."""
-        shown = shlex.join(command)
-        found = self.state["steps"].get(name, {})
-        self.called.append(name)
-        if found.get("command") != shown:  # from another folder, perhaps
-            found = {"seconds": found.get("seconds", 0.0)}
-        print(f"=> {shown}")
-        if found.get("code") == 0:
-            print("   done before")
-            return True
-        started, code = time.time(), -1
-        try:
-            code = execute(command, self.log(name))
-        finally:  # a training that is stopped goes on later, and its time counts
-            found["seconds"] += time.time() - started
-            self.state["steps"][name] = {**found, "command": shown, "code": code}
-            self.keep_state()
-        print(f"   {found['seconds']:.0f} s" if code == 0 else f"   {self.failure(name)}")
-        return code == 0
-
-    def failure(self, name: str) -> str:
-        return f"failed with exit code {self.state['steps'][name]['code']}: see {self.log(name)}"
-
     def add(self, *parts: str) -> None:
         self.sections += parts
 
-    def add_command(self, *names: str) -> None:
-        """Show the commands, and for one that failed its log's last lines."""
+    def run(self, commands: Mapping[str, list[str]]) -> list[str]:
+        """Run the commands that are not done, and show all; returns the successful ones' names.
+
+        The page names a command that fails, and shows the last lines of its log.
+        """
+        self.add(fenced("\n".join(map(shlex.join, commands.values()))))
         steps = self.state["steps"]
-        self.add(fenced("\n".join(steps[name]["command"] for name in names if name in steps)))
-        for name in names:
-            if name in steps and not self.is_done(name):
+        for name, command in commands.items():
+            shown, step = shlex.join(command), steps.setdefault(name, {"seconds": 0.0})
+            print(f"=> {shown}")
+            if (step.get("command"), step.get("code")) == (shown, 0):
+                print("   done before")
+                continue
+            started = time.time()
+            step |= {"command": shown, "code": -1}
+            try:
+                step["code"] = execute(command, self.log(name))
+            finally:  # a training that is stopped goes on later, and its time counts
+                step["seconds"] += time.time() - started
+                self.keep_state()
+            failure = f"failed with exit code {step['code']}: see {self.log(name)}"
+            print(f"   {failure}" if step["code"] else f"   {step['seconds']:.0f} s")
+            if step["code"]:
+                self.failures.append(f"{name} {failure}")
                 last = self.log(name).read_text("utf-8", "replace").splitlines()[-5:]
-                self.add(f"**{name} {self.failure(name)}.** It ends with:", fenced("\n".join(last)))
+                self.add(f"**{name} {failure}.** It ends with:", fenced("\n".join(last)))
+        return [name for name in commands if steps[name]["code"] == 0]
+
+    def log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
+
+    def output(self, name: str, start: str) -> str:
+        """What a command said last, from the line that begins with `start`, without its files."""
+        text = "\n" + self.log(name).read_text("utf-8", "replace")
+        return text[text.rindex(f"\n{start}") :].strip("\n").partition("\n=> ")[0]
 
     def write(self) -> Path:
         """Write report.md, and with all pictures in it report.html."""
@@ -208,7 +200,7 @@ class Reproduction:
             return f'src="data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"'
 
         body = re.sub('src="([^"]+)"', embed, body)
-        path: Path = self.folder / "report.html"
+        path = self.folder / "report.html"
         with writing(path) as temporary:
             temporary.write_text(
                 "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
@@ -242,23 +234,18 @@ def execute(command: list[str], log: Path) -> int:
             # On a terminal: for how long it has run, and what it says.
             with tqdm(bar_format="   {elapsed} {desc}", leave=False, disable=None) as progress:
                 while process.poll() is None:
-                    lines = log.read_text("utf-8", "replace").split("\n")
-                    progress.set_description_str(
-                        " ".join(lines[-2].split())[:90] if lines[1:] else ""
-                    )
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(timeout=1)
+                    *_, last = ["", *log.read_text("utf-8", "replace").splitlines()]
+                    progress.set_description_str(last[:90])
+                    time.sleep(0.2)
             return process.returncode
         except Stopped:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
-            # A launcher goes at once, and its training once a checkpoint is on the disk.
-            for _ in range(300):
-                try:
+            # A launcher ends at once, its training only after it has saved a checkpoint.
+            with contextlib.suppress(ProcessLookupError):
+                for _ in range(300):
                     os.killpg(process.pid, 0)
-                except ProcessLookupError:
-                    break
-                time.sleep(0.1)
+                    time.sleep(0.1)
             raise
 
 
@@ -282,18 +269,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def listed(parts: Sequence[str]) -> str:
-    *most, last = parts
-    return f"{', '.join(most)} and {last}" if most else last
-
-
 def read_curves(folder: Path) -> dict[str, Curve]:
     """TensorBoard's curves, as it shows them."""
     events = EventAccumulator(str(folder)).Reload()
     return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
-def draw_curves(runs: Mapping[str, dict[str, Curve]], metrics: Sequence[str], path: Path) -> str:
+def draw_curves(runs: Mapping[str, dict[str, Curve]], metrics: Collection[str], path: Path) -> str:
     """Draw the curves of several runs over each other; returns the picture for report.md."""
     figure = Figure(figsize=(5 * len(metrics), 4), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
@@ -313,52 +295,53 @@ def draw_curves(runs: Mapping[str, dict[str, Curve]], metrics: Sequence[str], pa
     return f"![{', '.join(metrics)} by epoch]({path.parent.name}/{path.name})"
 
 
-def overfitting(name: str, train: Curve, val: Curve) -> str:
-    """Whether validation loss rises from its least by over 1 % while training loss falls."""
-    least, last = min(val, key=lambda epoch: val[epoch]), max(val)
-    if val[last] <= 1.01 * val[least] or train[last] >= train[least]:
-        return ""
-    return (
-        f"{name} **over-fits** after epoch {least}: its validation loss rises from "
-        f"{val[least]:.3f} to {val[last]:.3f} while its training loss falls from "
-        f"{train[least]:.3f} to {train[last]:.3f}."
-    )
+def over_fitting(runs: Mapping[str, dict[str, Curve]]) -> str:
+    """Whose validation loss rises from its least by over 1 % while the training loss falls."""
+    found = []
+    for name, curves in runs.items():
+        train, val = curves["Loss/train"], curves["Loss/val"]
+        least, last = min(val, key=lambda epoch: val[epoch]), max(val)
+        if val[last] > 1.01 * val[least] and train[last] < train[least]:
+            found.append(
+                f"{name} **over-fits** after epoch {least}: its validation loss rises from "
+                f"{val[least]:.3f} to {val[last]:.3f} while its training loss falls from "
+                f"{train[least]:.3f} to {train[last]:.3f}."
+            )
+    return "\n".join(found) or "None of them over-fits."
 
 
-def add_sizes(report: Reproduction) -> None:
+def last_figures(curves: dict[str, Curve]) -> list[str]:
+    """A row of the table: the best epoch, each metric's figures at the last, the gap of Acc@1."""
+    acc1 = curves["Acc@1/val"]
+    best, last = max(acc1, key=lambda epoch: acc1[epoch]), max(acc1)
+    train, val = ({m: curves[f"{m}/{split}"][last] for m in METRICS} for split in ("train", "val"))
+    return [
+        f"{best} ({acc1[best]:.1f})",
+        *(f"{train[m]:.{digits}f} / {val[m]:.{digits}f}" for m, digits in METRICS.items()),
+        f"{train['Acc@1'] - val['Acc@1']:+.1f}",
+    ]
+
+
+def add_sizes(report: Report) -> None:
     report.add("## 1. The sizes inside a ResNet-18")
-    ok = report.run("sizes", script("model_summary.py", "--json"))
-    report.add_command("sizes")
-    if ok:
-        log = report.log("sizes").read_text()
-        found, _ = json.JSONDecoder().raw_decode(log, f"\n{log}".rindex("\n{"))
-        sizes = [["×".join(map(str, s[k])) for k in ("input", "output")] for s in found["stages"]]
-        names = [stage["name"] for stage in found["stages"]]
-        rows = [[name, *pair] for name, pair in zip(names, sizes, strict=True)]
-        report.add(
-            table(["stage", "input", "output"], rows),
-            f"{found['parameters']:,} parameters; an image takes {found['multiply_adds']:,} "
-            f"multiply-adds, and training keeps {found['activation_bytes'] / 2**20:.2f} MiB of "
-            "activations for its backward pass.",
-        )
+    if report.run({"sizes": script("model_summary.py")}):
+        report.add(fenced(report.output("sizes", "resnet18, ")))
 
 
-def add_trainings(report: Reproduction) -> list[str]:
+def add_trainings(report: Report) -> list[str]:
     """Train in every way that the machine allows; returns the folders of the successful ones."""
     args = report.args
     bf16 = not emulates_bf16(torch.device("cpu"))
     gpus = torch.cuda.device_count()
     allowed = ["cpu", "cpu4", *["cpu_bf16"] * bf16, *["gpu1"] * (gpus > 0), *["gpu4"] * (gpus > 3)]
-    for name in allowed:
-        flags = [args.data, "--epochs", args.epochs, *shlex.split(args.image_flags)]
-        flags += ["--resume", "auto", "--output-dir", report.folder / name]
-        report.run(name, launched(name, "resnet_main.py", *flags))
+    flags = [args.data, "--epochs", args.epochs, *shlex.split(args.image_flags)]
+    flags += ["--resume", "auto", "--output-dir"]
     report.add("## 2. Trainings over each other")
-    report.add_command(*allowed)
-    missing = [title for name, title in TRAININGS.items() if name not in allowed]
-    if missing:
+    done = report.run(
+        {name: launched(name, "resnet_main.py", *flags, report.folder / name) for name in allowed}
+    )
+    if missing := [title for name, title in TRAININGS.items() if name not in allowed]:
         report.add(f"Not on this machine: {', '.join(missing)}.")
-    done = [name for name in allowed if report.is_done(name)]
     if not done:
         return done
     runs = {TRAININGS[name]: read_curves(report.folder / name / "logs") for name in done}
@@ -370,198 +353,98 @@ def add_trainings(report: Reproduction) -> list[str]:
         "that quarter's mean and variance (on GPUs `--sync-bn` shares them).",
     )
     rows = []
-    for name, curves in zip(done, runs.values(), strict=True):
-        acc1, last = curves["Acc@1/val"], max(curves["Acc@1/val"])
-        best = max(acc1, key=lambda epoch: acc1[epoch])
-        pair = [[curves[f"{m}/{s}"][last] for s in ("train", "val")] for m in METRICS]
-        rate = curves["Throughput/train"]
-        rows.append(
-            [
-                TRAININGS[name],
-                f"{best} ({acc1[best]:.1f})",
-                *(
-                    f"{train:.{d}f} / {val:.{d}f}"
-                    for (train, val), d in zip(pair, (3, 1, 1), strict=True)
-                ),
-                f"{pair[1][0] - pair[1][1]:+.1f}",
-                f"{report.state['steps'][name]['seconds']:.0f} s",
-                f"{sum(rate.values()) / len(rate):.0f}",
-            ]
-        )
+    for name, (title, curves) in zip(done, runs.items(), strict=True):
+        rates = curves["Throughput/train"].values()
+        seconds = report.state["steps"][name]["seconds"]
+        cost = [f"{seconds:.0f} s", f"{sum(rates) / len(rates):.0f}"]
+        rows.append([title, *last_figures(curves), *cost])
     head = ["training", "best epoch (Acc@1)", *METRICS, "gap of Acc@1", "time", "images/s"]
-    losses = [overfitting(n, c["Loss/train"], c["Loss/val"]) for n, c in runs.items()]
-    report.add(table(head, rows), "\n".join(filter(None, losses)) or "None of them over-fits.")
+    report.add(table(head, rows), over_fitting(runs))
     return done
 
 
-def add_disagreements(report: Reproduction, trained: list[str]) -> None:
+def add_disagreements(report: Report, trained: list[str]) -> None:
     report.add("## 3. The images on which two of them disagree")
-    if not trained:
-        report.add("No training was successful, so there is nothing to compare.")
-        return
-    folder, data = report.folder, ("--data", report.args.data)
-    paths = [folder / name / "model_best.pth" for name in (trained[0], trained[-1])]
-    names = [TRAININGS[name] for name in (trained[0], trained[-1])]
+    first, last = (report.folder / name / "model_best.pth" for name in (trained[0], trained[-1]))
     if len(trained) > 1:
-        flags = [*paths, *data, "--output-dir", folder / "disagreements"]
-        ok = report.run("disagreements", script("diff_eval.py", *flags))
-        report.add(f"a: {names[0]}; b: {names[1]}; each at its best epoch, on classes 0 and 1.")
-        report.add_command("disagreements")
-        if ok:
-            found = report.log("disagreements").read_text()
-            counts = re.findall(r"^(a \w+) +(\d+) +(\d+)$", found, re.MULTILINE)[-2:]
-            agreement = re.findall(r"^agreement (\S+)$", found, re.MULTILINE)[-1]
-            report.add(table(["", "b right", "b wrong"], counts))
-            report.add(f"They agree on {float(agreement):.1f} % of the images.")
-            add_sheet(report, "disagreements", "Images with both models' predictions")
-    flags = ["--misclassified", paths[-1], *data, "--output-dir", folder / "misclassified"]
-    ok = report.run("misclassified", script("diff_eval.py", *flags))
-    report.add(f"What {names[-1]}, gets wrong:")
-    report.add_command("misclassified")
-    if ok:
-        add_sheet(report, "misclassified", "Misclassified images")
+        add_sheet(report, "disagreements", "Images with both models' predictions", first, last)
+    add_sheet(report, "misclassified", "What the last of them gets wrong", "--misclassified", last)
 
 
-def add_sheet(report: Reproduction, name: str, title: str) -> None:
-    """The first rows of a contact sheet, with the surest mistakes, as a small JPEG."""
+def add_sheet(report: Report, name: str, title: str, *flags: object) -> None:
+    """Compare models; the contact sheet becomes a small JPEG."""
     folder = report.folder / name
-    count = len((folder / IMAGE_TABLE).read_text("utf-8", "replace").splitlines()) - 1
-    path = report.pictures / f"{name}.jpg"
-    with Image.open(folder / SHEET) as sheet, writing(path) as temporary:
-        height = min(sheet.height, HEAD + SHEET_ROWS * (THUMBNAIL + 8 + LABEL))
-        sheet.crop((0, 0, sheet.width, height)).save(temporary, "JPEG", quality=80)
-    report.add(f"![{title}](report/{path.name})")
-    report.add(f"{title}: {count}, the surest first; all of them are in `{folder}`.")
+    flags = (*flags, "--data", report.args.data, "--output-dir", folder)
+    if report.run({name: script("diff_eval.py", *flags)}):
+        path = report.pictures / f"{name}.jpg"
+        with Image.open(folder / SHEET) as sheet, writing(path) as temporary:
+            sheet.save(temporary, "JPEG", quality=80)
+        report.add(fenced(report.output(name, "=> classes")))
+        report.add(f"{title}, the surest first:", f"![{title}](report/{path.name})")
 
 
-def add_language_models(report: Reproduction) -> list[str]:
-    """Train and sample the language models; returns the checkpoints of the successful ones."""
+def add_language_models(report: Report) -> list[str]:
+    """Train and sample the language models; returns those whose training was successful."""
     args, folder = report.args, report.folder
-    best = "gpu1" if torch.cuda.is_available() else "cpu_bf16"
-    config = "cpu" if best == "cpu_bf16" and emulates_bf16(torch.device("cpu")) else best
-    report.add("## 4. Language models")
-    done = []
+    config = "cpu" if emulates_bf16(torch.device("cpu")) else "cpu_bf16"
+    if torch.cuda.is_available():
+        config = "gpu1"
+    saves = {model: folder / f"{model.lower()}.pt" for model in LANGUAGE_MODELS}
+    trainings = {}
     for model, lr in LANGUAGE_MODELS.items():
-        save = folder / f"{model.lower()}.pt"
         flags = ["--data", args.text, "--model", model, "--lr", lr, "--epochs", args.text_epochs]
-        flags += [*shlex.split(args.text_flags), "--resume", "auto", "--save", save]
-        if report.run(model, launched(config, "lm_main.py", *flags)):
-            flags = ["--checkpoint", save, "--words", 60, "--outf", save.with_suffix(".txt")]
-            report.run(f"{model} sample", script("lm_generate.py", *flags))
-            done.append(model)
-    report.add_command(*LANGUAGE_MODELS)
+        flags += [*shlex.split(args.text_flags), "--resume", "auto", "--save", saves[model]]
+        trainings[model] = launched(config, "lm_main.py", *flags)
+    report.add("## 4. Language models")
+    done = report.run(trainings)
     if not done:
         return done
     rows, runs = [], {}
     for model in done:
         curves = runs[model] = read_curves(folder / f"{model.lower()}.logs")
-        valid, log = curves["Perplexity/val"], report.log(model).read_text()
-        test = re.findall(r"End of training \| test loss +\S+ \| test ppl +(\S+)", log)[-1]
+        valid, end = curves["Perplexity/val"], report.output(model, "| End of training")
         least = min(valid, key=lambda epoch: valid[epoch])
+        test = re.findall(r"test ppl +(\S+)", end)[0]
         seconds = report.state["steps"][model]["seconds"]
         rows.append([model, least, f"{valid[least]:.2f}", test, f"{seconds:.0f} s"])
     head = ["model", "best epoch", "validation perplexity", "test perplexity", "time"]
-    losses = [overfitting(f"The {n}", c["Loss/train"], c["Loss/val"]) for n, c in runs.items()]
-    report.add(
-        table(head, rows),
-        draw_curves(runs, ["Loss"], report.pictures / "text_curves.png"),
-        "\n".join(filter(None, losses)) or "None of them over-fits.",
-        "A text of each, drawn word by word:",
-    )
-    report.add_command(*(f"{model} sample" for model in done))
+    picture = draw_curves(runs, ["Loss"], report.pictures / "text_curves.png")
+    report.add(table(head, rows), picture, over_fitting(runs))
+    report.add("A text of each, drawn word by word:")
     for model in done:
-        if report.is_done(f"{model} sample"):
-            text = (folder / f"{model.lower()}.txt").read_text("utf-8")
-            report.add(f"{model}:", fenced(text.replace("<eos>", "\n").strip()))
+        path = saves[model].with_suffix(".txt")
+        flags = ["--checkpoint", saves[model], "--words", 60, "--outf", path]
+        if report.run({f"{model} sample": script("lm_generate.py", *flags)}):
+            report.add(fenced(path.read_text("utf-8").replace("<eos>", "\n").strip()))
     return done
 
 
-def add_graph(report: Reproduction, trained: list[str]) -> None:
+def add_graph(report: Report) -> None:
     report.add("## 5. The Transformer's graph")
-    if "Transformer" not in trained:
-        report.add("Its training was not successful.")
-        return
     path = report.pictures / "transformer.svg"
     flags = ["--checkpoint", report.folder / "transformer.pt", "--output", path]
-    ok = report.run("graph", script("export_graph.py", *flags))
-    report.add_command("graph")
-    if ok:
-        report.add(f"![The Transformer's autograd graph](report/{path.name})")
+    if report.run({"graph": script("export_graph.py", *flags)}):
+        if path.exists():
+            report.add(f"![The Transformer's autograd graph](report/{path.name})")
+        else:  # for want of Graphviz, which the line tells how to install
+            report.add(
+                "[Its source](report/transformer.gv):", fenced(report.output("graph", "=> "))
+            )
 
 
-def add_context(report: Reproduction, trained: list[str]) -> None:
+def add_context(report: Report, models: list[str]) -> None:
     report.add("## 6. How do they differ in capturing context?")
-    if not trained:
-        report.add("No training was successful, so there is nothing to compare.")
-        return
-    paths = [report.folder / f"{model.lower()}.pt" for model in trained]
+    paths = [report.folder / f"{model.lower()}.pt" for model in models]
     flags = [*paths, "--data", report.args.text, "--output-dir", report.pictures]
-    ok = report.run("context", script("lm_context.py", *flags))
-    report.add_command("context")
-    if ok:
-        with (report.pictures / CONTEXT_TABLE).open(newline="") as file:
-            values = {(m, what, int(n or 0)): float(v) for m, what, n, v in [*csv.reader(file)][1:]}
+    if report.run({"context": script("lm_context.py", *flags)}):
+        figures, findings = report.output("context", "Loss of ").split("\n\n")
         report.add(f"![Loss by context, influence by distance](report/{CONTEXT_PICTURE})")
-        report.add(*context_findings(trained, values))
-
-
-def context_findings(
-    models: list[str], values: Mapping[tuple[str, str, int], float]
-) -> Iterator[str]:
-    """The table of the losses, and three sentences that say what the figures say.
-
-    Args:
-        values: by model, measure and number of words, 0 where the measure has none.
-    """
-    losses = {
-        m: {n: v for (model, what, n), v in values.items() if (model, what) == (m, "loss")}
-        for m in models
-    }
-    lengths = sorted({n for curve in losses.values() for n in curve})
-    effective = {m: int(values[m, "effective context", 0]) for m in models}
-    rows = [
-        [m, *(f"{losses[m][n]:.3f}" if n in losses[m] else "" for n in lengths), effective[m]]
-        for m in models
-    ]
-    yield table(["loss with the last … words", *map(str, lengths), "effective context"], rows)
-
-    fields = {
-        m: int(values[m, "receptive field", 0])
-        for m in models
-        if (m, "receptive field", 0) in values
-    }
-    most = {m: fields.get(m, max(losses[m])) for m in models}
-    needs = [f"the {m} needs the last {effective[m]} of {most[m]}" for m in models]
-    yield f"To come within 1 % of its loss with all words visible, {listed(needs)}."
-
-    gains = {m: losses[m][1] - losses[m][max(losses[m])] for m in models}
-    falls = [f"{gains[m]:.3f} nats for the {m}" for m in models]
-    lowest = min(models, key=lambda m: losses[m][max(losses[m])])
-    yield (
-        f"From one visible word to all of them the loss falls by {listed(falls)}; it ends lowest "
-        f"for the {lowest}, at {losses[lowest][max(losses[lowest])]:.3f}."
-    )
-
-    far = next(iter(fields.values()), 7)
-    shares = {
-        m: sum(
-            v
-            for (model, what, n), v in values.items()
-            if (model, what) == (m, "influence") and n > far
-        )
-        for m in models
-    }
-    parts = [f"{100 * shares[m]:.1f} % in the {m}" for m in models]
-    why = ", whose receptive field ends there" if fields else ""
-    yield (
-        f"Of all influence on a prediction, words more than {far} places back have "
-        f"{listed(parts)}{why}."
-    )
+        report.add(fenced(figures), *findings.splitlines())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse(argv)
-    report = Reproduction(args)
+    report = Report(args)
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise Stopped(signum)
@@ -582,19 +465,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     try:
         add_sizes(report)
-        add_disagreements(report, add_trainings(report))
-        trained = add_language_models(report)
-        add_graph(report, trained)
-        add_context(report, trained)
+        if trained := add_trainings(report):
+            add_disagreements(report, trained)
+        models = add_language_models(report)
+        if "Transformer" in models:
+            add_graph(report)
+        if models:
+            add_context(report, models)
     except Stopped as stopped:
         print(f"=> {stopped}: the same command goes on from here")
         leave(EXIT_STOPPED)
     path = report.write()
-    failed = [name for name in report.called if not report.is_done(name)]
-    for name in failed:
-        print(f"=> {name} {report.failure(name)}")
+    for failure in report.failures:
+        print(f"=> {failure}")
     print(f"=> open {path}")
-    if failed:
+    if report.failures:
         leave(1)
 
 

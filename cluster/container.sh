@@ -17,7 +17,7 @@ esac
 shift
 
 export TMPDIR=$OUTPUT/tmp XDG_CACHE_HOME=$OUTPUT/cache PYTHONDONTWRITEBYTECODE=1
-# Into it, because the scripts download to a folder of the working directory.
+# The scripts download to a folder of the working directory.
 mkdir -p "$OUTPUT/logs" "$TMPDIR" && cd "$OUTPUT" || exit 2
 
 gpus=$(python -c "import torch; print(torch.cuda.device_count())") || exit
@@ -34,9 +34,9 @@ accelerate launch --config_file "$CODE/accelerate_configs/$config" --num_process
 launcher=$!
 exec 3>&-
 
-# Stopping a container signals its first process alone, this shell; the launcher passes it on.
+# Stopping a container signals only its first process, this shell. The launcher passes it on.
 trap 'kill -TERM "$launcher" 2> /dev/null' TERM INT USR1
-until_end() { # for a signal, too, `wait` returns
+until_end() { # `wait` also returns when a signal arrives
   wait "$1"
   code=$?
   while kill -0 "$1" 2> /dev/null; do
@@ -46,7 +46,7 @@ until_end() { # for a signal, too, `wait` returns
 }
 until_end "$launcher"
 result=$code
-# The container dies with this shell, and the training may outlive its launcher until its checkpoint
-# is on the disk: so long it holds the log open.
+# The container ends with this shell. A training may outlive its launcher while it saves, and keeps
+# the log open for as long.
 until_end "$log"
 exit $result

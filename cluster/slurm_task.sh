@@ -1,19 +1,18 @@
 #!/bin/bash
-# One process of a SLURM job: srun starts it, for the *.sbatch files beside this one.
+# One process of a SLURM job: srun starts it, for slurm.sbatch.
 #   srun cluster/slurm_task.sh resnet_main.py -a resnet50
-# No launcher stands in between: it would turn "stopped, resume me" (75) into a failure, and would die
-# of the warning before the time limit.
+# No launcher stands in between: it would report exit code 75 (stopped, resume me) as a failure, and
+# the warning before the time limit would kill it.
 
-# The process answers for this shell.
+# Signals are for the training, not for this shell.
 trap '' USR1 TERM
 
 if [ "$SLURM_NTASKS" -gt 1 ]; then
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
   export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
-  # Of the node of the batch script's srun, the allocation's first, where rank 0 is. An address, so
-  # that no node's name has to be resolved.
+  # Rank 0 runs on the first node, where srun was called. An address needs no name resolution.
   export MASTER_ADDR=$SLURM_LAUNCH_NODE_IPADDR
-  # Jobs that share a node differ in their number, and Linux gives these ports to nobody unasked.
+  # Two jobs on one node have different numbers. Linux never chooses a port of this range itself.
   export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
@@ -30,7 +29,7 @@ python -c "$block" "$script" --resume auto "$@"
 code=$?
 [ $code -eq 75 ] || exit $code
 
-# All have stopped together. The main process, which wrote the checkpoint, speaks for them.
+# All processes have stopped. The main one, which wrote the checkpoint, queues the job again.
 [ "$SLURM_PROCID" -eq 0 ] || exit 0
 case " $*" in *" --resume"*)
   echo "Not queued again: it would begin from the --resume of its command line once more." >&2

@@ -178,10 +178,10 @@ class Slurm:
         assert done.returncode == 0, (command, done.stderr, self._logs())
         return done.stdout.strip()
 
-    def submit(self, script: str, options: str, *arguments: object, log: Path) -> Job:
-        """`sbatch` with a script of cluster/, from the kit's folder, as a user types it."""
+    def submit(self, options: str, *arguments: object, log: Path) -> Job:
+        """`sbatch` with the batch script, from the kit's folder, as a user types it."""
         command = ["sbatch", "--parsable", f"--output={log}", *options.split()]
-        return Job(self, self.run(*command, f"cluster/{script}", *arguments), log)
+        return Job(self, self.run(*command, "cluster/slurm.sbatch", *arguments), log)
 
 
 class Job:

@@ -1,4 +1,4 @@
-"""cluster/'s SLURM scripts as shipped, submitted to a real scheduler: make test-cluster."""
+"""cluster/slurm.sbatch as shipped, submitted to a real scheduler: make test-cluster."""
 
 import re
 import time
@@ -41,9 +41,7 @@ def train(slurm: Slurm, corpus: Path, folder: Path, options: str, *flags: object
     """A small language model, saved in `folder`."""
     arguments = ("--data", corpus, *SMALL, *flags, "--save", folder / "model.pt")
     folder.mkdir(exist_ok=True)
-    return slurm.submit(
-        "slurm_cpu.sbatch", options, "lm_main.py", *arguments, log=folder / "job.log"
-    )
+    return slurm.submit(options, "lm_main.py", *arguments, log=folder / "job.log")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +75,7 @@ def test_two_nodes_evaluate_images_to_the_figures_of_one_process(
     trained = run("resnet_main.py", data, *small, cwd=tmp_path)
     checkpoint = tmp_path / "output" / "resnet18-cpu" / "checkpoint.pth"
     flags = ("resnet_main.py", data, "-e", "-b", 8, "--resume", checkpoint)
-    job = slurm.submit("slurm_cpu.sbatch", TWO_BY_TWO, *flags, log=tmp_path / "job.log")
+    job = slurm.submit(TWO_BY_TWO, *flags, log=tmp_path / "job.log")
     assert job.wait_for_end() == "COMPLETED", job.describe()
     assert "2 nodes, 4 processes on CPU" in job.output()
     figures = SUMMARY.findall(job.output())
@@ -132,29 +130,29 @@ def test_the_time_limit_s_warning_leads_back_to_the_queue_and_cancelling_does_no
 
 @NO_GPU
 @pytest.mark.parametrize(
-    ("script", "options", "count"),
+    ("options", "error"),
     [
-        ("slurm_gpu1", "", 1),
-        ("slurm_gpu4", "", 4),
+        ("--gpus-per-node 1", "1 process(es) with a GPU each were asked for"),
+        ("--gpus-per-node 4 --ntasks-per-node 4", "4 process(es) with a GPU each were asked for"),
         # Eight start so unevenly on two cores that the first of them is not the first to speak.
-        ("slurm_gpu4_nodes", "--ntasks-per-node 2", 2),
+        (
+            "--nodes 2 --gpus-per-node 2 --ntasks-per-node 2",
+            "2 process(es) with a GPU each were asked for",
+        ),
+        ("--gpus-per-node 4", "4 GPUs need as many processes: --ntasks-per-node 4"),
     ],
 )
 def test_a_failing_job_stays_failed_and_says_why_once(
-    slurm: Slurm, script: str, options: str, count: int, tmp_path: Path
+    slurm: Slurm, options: str, error: str, tmp_path: Path
 ) -> None:
     """The scheduler believes in GPUs here; the kit looks."""
-    job = slurm.submit(
-        f"{script}.sbatch",
-        f"--cpus-per-task 1 {options}",
-        *("resnet_main.py", "sample"),
-        log=tmp_path / "job.log",
-    )
+    command = (f"--cpus-per-task 1 {options}", "resnet_main.py", "sample")
+    job = slurm.submit(*command, log=tmp_path / "job.log")
     assert job.wait_for_end() == "FAILED", job.describe()
     assert job["Restarts"] == "0"
-    lines = [line for line in job.output().splitlines() if "resnet_main.py: error:" in line]
+    lines = re.findall(r"^(?:resnet_main.py|slurm.sbatch): error: (.*)", job.output(), re.MULTILINE)
     assert len(lines) == 1, job.describe()
-    assert f"error: {count} process(es) with a GPU each were asked for" in lines[0]
+    assert lines[0].startswith(error)
 
 
 def test_two_jobs_on_one_node_do_not_collide(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:

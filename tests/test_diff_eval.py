@@ -12,7 +12,7 @@ from kit import Result, error_line, launch, run
 from PIL import Image
 from torchvision import models
 
-from diff_eval import choose, drawable_names
+from diff_eval import HEAD, THUMBNAIL, choose, drawable_names
 from engine.cli import UserError
 from image_classification.augment import MEAN, STD
 
@@ -150,6 +150,15 @@ def test_misclassified_images_of_one_model_and_of_two(folder: Path) -> None:
     header = (folder / "wrong" / "disagreements.csv").read_text().splitlines()[0]
     assert header == "file,true_class,wnid,name,a_prediction,a_name,a_probability"
     assert " * a Acc@1 50.000 misclassified 5 of 10" in result.out
+    # The surest first, in the table and on the sheet: the further from the threshold of 100.
+    with (folder / "wrong" / "disagreements.csv").open() as file:
+        probabilities = [float(row["a_probability"]) for row in csv.DictReader(file)]
+    expected = [abs(level - 100) / (255 * STD[0]) * 5 for level in (210, 30, 160, 110, 90)]
+    assert probabilities == pytest.approx(torch.tensor(expected).sigmoid().tolist(), abs=1e-3)
+    with Image.open(folder / "wrong" / "contact_sheet.png") as sheet:
+        middle = HEAD + THUMBNAIL // 2
+        assert sheet.getpixel((THUMBNAIL // 2, middle)) == (210, 0, 0)
+        assert sheet.getpixel((THUMBNAIL // 2 + THUMBNAIL + 8, middle)) == (30, 0, 0)
     compare(folder, "--misclassified", "a.pth", "b.pth", "--output-dir", "wrong")
     assert len(copies(folder / "wrong")) == 10
     assert "1_b_misclassified_to_0_2.png" in copies(folder / "wrong")

@@ -1,5 +1,6 @@
 """The graphs of the models, with and without Graphviz's program on the machine."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ DOT = pytest.mark.skipif(not shutil.which("dot"), reason="needs Graphviz's dot")
 SMALL = lm_settings.ModelSpec("GRU", words=9, emsize=4, nhid=4, nlayers=1, nhead=2, tied=False)
 
 
+@pytest.mark.graphviz
 @DOT
 def test_the_default_is_a_pdf_of_the_transformer(tmp_path: Path) -> None:
     result = run("export_graph.py", cwd=tmp_path)
@@ -34,6 +36,7 @@ def test_the_default_is_a_pdf_of_the_transformer(tmp_path: Path) -> None:
     assert "(33278, 200)" in text.stdout
 
 
+@pytest.mark.graphviz
 @DOT
 @pytest.mark.parametrize("file_format", ["svg", "png"])
 def test_other_formats(file_format: str, tmp_path: Path) -> None:
@@ -45,10 +48,32 @@ def test_other_formats(file_format: str, tmp_path: Path) -> None:
         assert content.startswith(b"\x89PNG")
 
 
+def test_a_graph_is_what_dot_draws(tmp_path: Path) -> None:
+    """A dot that tells its flags and repeats the graph."""
+    dot = tmp_path / "bin" / "dot"
+    dot.parent.mkdir()
+    dot.write_text('#!/bin/sh\necho "$@"\ncat\n')
+    dot.chmod(0o755)
+    path = {"PATH": f"{dot.parent}:{os.environ['PATH']}"}
+    result = run("export_graph.py", "--model", "GRU", "--format", "svg", cwd=tmp_path, env=path)
+    assert result == (0, "=> gru_arch.svg\n", "")
+    flags, graph = (tmp_path / "gru_arch.svg").read_text().split("\n", 1)
+    assert flags == "-Kdot -Tsvg"
+    assert graph.startswith("digraph {") and "rnn.weight_hh_l1" in graph
+    assert not [*tmp_path.glob("*.gv")]
+
+
 def test_without_dot_the_source_is_written(tmp_path: Path) -> None:
-    result = run("export_graph.py", "--resnet", cwd=tmp_path, env={"PATH": "/nowhere"})
-    assert "apt install graphviz" in error_line(result)
-    assert "dot -Tpdf resnet18_arch.gv -o resnet18_arch.pdf" in error_line(result)
+    no_dot = {"PATH": "/nowhere"}
+    result = run(
+        "export_graph.py", "--model", "GRU", "--output", "a b.png", cwd=tmp_path, env=no_dot
+    )
+    how = "to be drawn by Graphviz (apt, brew or conda install it)"
+    assert result == (0, f"=> a b.gv, {how}: dot -Tpng 'a b.gv' -o 'a b.png'\n", "")
+    assert not (tmp_path / "a b.png").exists()
+    result = run("export_graph.py", "--resnet", cwd=tmp_path, env=no_dot)
+    assert result.code == 0
+    assert "dot -Tpdf resnet18_arch.gv -o resnet18_arch.pdf" in result.out
     source = (tmp_path / "resnet18_arch.gv").read_text()
     model = image_model.build_model(ModelSpec("resnet18", "stride1", 200, 64))
     assert not [name for name, _ in model.named_parameters() if name not in source]

@@ -11,7 +11,7 @@ from torch import nn
 import lm_context
 from engine.cli import UserError
 from engine.launch import build_accelerator
-from lm_context import Context, measure, predict
+from lm_context import Context, findings, measure, predict
 from word_language_model.data import load_corpus
 from word_language_model.model import ConvolutionalModel, LanguageModel, RecurrentModel, build_model
 from word_language_model.settings import ModelSpec
@@ -88,6 +88,26 @@ def test_an_rnn_starts_from_zeros_as_many_words_back_as_are_visible(kind: str) -
         expected = F.cross_entropy(built.decoder(output[-1]), text[place])
         torch.testing.assert_close(loss[0], expected)
         assert embedded.shape == (length, 2, 8)
+
+
+def test_the_effective_context_comes_within_one_percent_of_the_full_loss() -> None:
+    assert Context("it", {1: 4.0, 2: 2.03, 4: 2.015, 8: 2.0}, [1.0], 0).effective == 4
+
+
+def test_the_findings_are_those_of_the_figures() -> None:
+    contexts = [
+        Context("Transformer", {1: 6.5, 4: 6.1, 5: 6.15}, [0.5, 0.25, 0.125, 0.125], 0),
+        Context("CNN", {1: 6.25, 2: 6.05, 3: 6.0, 8: 6.0}, [0.75, 0.125, 0.125, 0.0], 3),
+        Context("LSTM", {1: 6.75, 8: 6.5}, [0.25, 0.25, 0.25, 0.25], 0),
+    ]
+    assert [*findings(contexts)] == [
+        "To come within 1 % of its loss with all words visible, the Transformer needs the last 4 "
+        "of 5, the CNN needs the last 2 of 3 and the LSTM needs the last 8 of 8.",
+        "From one visible word to all of them the loss falls by 0.350 nats for the Transformer, "
+        "0.250 nats for the CNN and 0.250 nats for the LSTM; it ends lowest for the CNN, at 6.000.",
+        "Of all influence on a prediction, words more than 3 places back have 12.5 % in the "
+        "Transformer, 0.0 % in the CNN (its receptive field ends there) and 25.0 % in the LSTM.",
+    ]
 
 
 def save(model: str, path: Path, vocabulary: list[str], weight: float = 0.5) -> None:

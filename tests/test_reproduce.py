@@ -20,13 +20,17 @@ from engine.cli import UserError
 from engine.stop import Stopped
 
 CHROMIUM = next(filter(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome")), "")
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="200" height="200"/>'
 FLAGS = ["--data", "images", "--text", "text", "--epochs", "2", "--text-epochs", "1"]
 FLAGS += ["--image-flags=--image-size 32 --stem stock -b 8 --lr 0.01 --seed 1"]
 FLAGS += ["--text-flags=--emsize 8 --nhid 8 --batch_size 4 --bptt 5 --dropout 0.1"]
 
 
 def make_execute(executed: list[list[str]], broken: set[str]) -> Callable[[list[str], Path], int]:
-    """Runs a command as a process of the tests, which need not import torch; `broken` ones fail."""
+    """Runs a command as a process of the tests, which need not import torch; `broken` ones fail.
+
+    There is no dot.
+    """
 
     def execute(command: list[str], log: Path) -> int:
         executed.append(command)
@@ -35,7 +39,8 @@ def make_execute(executed: list[list[str]], broken: set[str]) -> Callable[[list[
             log.write_text("line 1\nline 2\nsomething is wrong\n")
             return 7
         start = next(i for i, word in enumerate(command) if word.endswith(".py"))
-        done = run(str(Path(command[start]).resolve()), *command[start + 1 :], cwd=Path())
+        path = str(Path(command[start]).resolve())
+        done = run(path, *command[start + 1 :], cwd=Path(), env={"PATH": "/nowhere"})
         with log.open("a") as file:
             file.write(done.out + done.err)
         return done.code
@@ -45,7 +50,7 @@ def make_execute(executed: list[list[str]], broken: set[str]) -> Callable[[list[
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What was executed and reported where the CNN fails, and when it has been mended."""
+    """What was executed and reported where the CNN fails and dot is missing, and once both work."""
     folder = tmp_path_factory.mktemp("report")
     make_dataset(folder / "images", train=4)
     make_corpus(folder / "text", test=250)
@@ -69,6 +74,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
                 found[f"{name} code"] = str(left.code)
             found[f"{name} executed"] = "\n".join(map(" ".join, executed))
             found[name] = Path("output/report/report.md").read_text()
+            # What dot would draw, between the two reports.
+            Path("output/report/report/transformer.svg").write_text(SVG)
         with pytest.raises(UserError, match="holds a report made with --epochs 2: repeat that"):
             reproduce.main([*FLAGS, "--epochs", "3"])
         with pytest.raises(
@@ -83,10 +90,12 @@ def test_a_failure_is_named_with_its_log_and_the_rest_appears(reports: dict[str,
     assert reports["first code"] == "1"
     assert "**CNN failed with exit code 7: see output/report/logs/CNN.log.**" in report
     assert "line 2\nsomething is wrong" in report
-    for text in ("| block 4 | 256×8×8 | 512×4×4 |", "11,279,112 parameters", "| a right | "):
+    for text in ("block 4         256×8×8 → 512×4×4", "Parameters: 11,279,112", "\na right  "):
         assert text in report
-    for picture in ("curves.png", "disagreements.jpg", "transformer.svg", "context.png"):
-        assert f"](report/{picture})" in report
+    for file in ("curves.png", "disagreements.jpg", "transformer.gv", "context.png"):
+        assert f"](report/{file})" in report
+    folder = "output/report/report"
+    assert f"dot -Tsvg {folder}/transformer.gv -o {folder}/transformer.svg" in report
     assert "the Transformer needs the last " in report
     assert "the CNN" not in report
 
@@ -103,6 +112,7 @@ def test_the_same_command_does_what_is_missing_and_nothing_else(reports: dict[st
     assert reports["again code"] == "0"
     report = reports["again"]
     assert "failed" not in report
+    assert "](report/transformer.svg)" in report and "transformer.gv" not in report
     for command in (*first[:-1], *again):
         assert command in report.replace("'", "")
 
@@ -118,15 +128,26 @@ def test_the_tables_hold_the_runs_figures(reports: dict[str, str]) -> None:
         log = (folder / "logs" / f"{model}.log").read_text()
         valid, test = re.findall(r"(?:valid|test) ppl +(\S+)", log)[-2:]
         assert f"| {valid} | {test} |" in row
-    assert "and 0.0 % in the CNN, whose receptive field ends there." in report
+    assert "and 0.0 % in the CNN (its receptive field ends there)." in report
+
+
+def test_a_row_has_the_best_epoch_the_last_figures_and_training_less_validation() -> None:
+    curves = {"Loss/train": {0: 2.0, 1: 1.5}, "Loss/val": {0: 1.8, 1: 1.9}}
+    curves |= {"Acc@1/train": {0: 30.0, 1: 55.0}, "Acc@1/val": {0: 40.0, 1: 38.0}}
+    curves |= {"Acc@5/train": {0: 60.0, 1: 80.0}, "Acc@5/val": {0: 72.0, 1: 70.0}}
+    row = ["0 (40.0)", "1.500 / 1.900", "55.0 / 38.0", "80.0 / 70.0", "+17.0"]
+    assert reproduce.last_figures(curves) == row
 
 
 def test_over_fitting_is_a_rising_validation_loss_under_a_falling_training_loss() -> None:
+    def said(train: dict[int, float], val: dict[int, float]) -> str:
+        return reproduce.over_fitting({"It": {"Loss/train": train, "Loss/val": val}})
+
     falling, rising = {1: 3.0, 2: 2.0, 3: 1.0}, {1: 2.5, 2: 2.0, 3: 2.4}
-    assert reproduce.overfitting("It", falling, falling) == ""
-    assert reproduce.overfitting("It", {1: 1.0, 2: 2.0, 3: 3.0}, rising) == ""
-    assert reproduce.overfitting("It", falling, {1: 2.5, 2: 2.0, 3: 2.01}) == ""
-    assert reproduce.overfitting("It", falling, rising) == (
+    assert said(falling, falling) == "None of them over-fits."
+    assert said({1: 1.0, 2: 2.0, 3: 3.0}, rising) == "None of them over-fits."
+    assert said(falling, {1: 2.5, 2: 2.0, 3: 2.01}) == "None of them over-fits."
+    assert said(falling, rising) == (
         "It **over-fits** after epoch 2: its validation loss rises from 2.000 to 2.400 while its "
         "training loss falls from 2.000 to 1.000."
     )
@@ -151,7 +172,7 @@ def test_a_browser_shows_every_picture_and_table(reports: dict[str, str], tmp_pa
     seen = json.loads(match[1])
     assert len(seen["pictures"]) == 6 and min(seen["pictures"]) > 100
     assert seen["headings"] == 7
-    assert len(seen["tables"]) == 5 and not seen["left"]
+    assert len(seen["tables"]) == 2 and not seen["left"]
     for rows, widths, pixels in seen["tables"]:
         assert rows > 2 and widths == 1 and pixels > 100
     for picture in (folder / "report").glob("*.[jps]*g"):
