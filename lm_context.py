@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     contexts = []
     for checkpoint, kind, model in zip(checkpoints, kinds, models, strict=True):
         # A Transformer met no position beyond its --bptt.
-        longest = checkpoint.value("bptt", int) if kind == "Transformer" else None
+        longest = checkpoint.value("bptt", int) if model.has_positions else None
         most = min(args.max_context, longest or args.max_context)
         name = kind if kinds.count(kind) == 1 else f"{kind} {checkpoint.path}"
         context = measure(accelerator, model, name, corpus.test, places, most)

@@ -275,9 +275,9 @@ def load(path: Path) -> Checkpoint:
     except pickle.UnpicklingError as error:
         raise checkpoint.error(
             _other_kind(path)
-            or "holds more than tensors and plain values, or is no checkpoint; loading it could run "
-            "code, so nothing was loaded. If you trust it, this turns it into weights: python "
-            f"-c \"import torch; m = torch.load('{path}', weights_only=False); "
+            or "holds more than tensors and plain values, or is no checkpoint; loading it could "
+            "run code, so nothing was loaded. If you trust it, this turns it into weights: "
+            f"python -c \"import torch; m = torch.load('{path}', weights_only=False); "
             "torch.save(getattr(m, 'state_dict', lambda: m['state_dict'])(), 'weights.pth')\""
         ) from error
     # A cut or damaged file fails in whichever layer meets the damage first, with its exception.
