@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chaos import read, scalars
-from kit import Result, error_line, make_corpus, run
+from kit import PROBE, Result, error_line, make_corpus, run
 from PIL import Image
 
 FLAGS = ("--image-size", 32, "--stem", "stock", "-b", 12, "--lr", 0.01, "--seed", 1, "-j", 1)
@@ -133,11 +133,30 @@ def test_curves_of_another_run_are_neither_gone_on_with_nor_purged(tmp_path: Pat
     assert [step for step, _ in scalars(tmp_path / "moved" / "L")["LR"]] == [1, 2, 3]
 
 
+def test_a_line_after_a_resume_is_of_the_steps_since(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "set")
+    flags = ("--data", "set", *TINY, "--epochs", 1, "--checkpoint-every", 15, "--log-interval")
+    # By step, but for the first line, which sums one step more, as the original's.
+    line = re.compile(r"\| +(\d+)/ *\d+ batches .* ms/batch +(\S+) \| loss +(\S+)")
+    every = run("lm_main.py", *flags, 1, "--save", "every.pt", cwd=tmp_path)
+    losses = {int(step): float(loss) for step, _, loss in line.findall(every.out)}
+    env = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    assert run(
+        "tests/process_probe.py", "kill", "lm_main.py", 0, 15, *flags, 9, cwd=tmp_path, env=env
+    )
+    resumed = run("lm_main.py", *flags, 7, "--resume", "auto", cwd=tmp_path)
+    assert resumed.code == 0, resumed
+    found = [(int(step), float(loss)) for step, _, loss in line.findall(resumed.out)][:2]
+    assert [step for step, _ in found] == [21, 28]
+    for (step, loss), first in zip(found, (15, 22), strict=True):
+        steps = range(first, step + 1)
+        assert loss == pytest.approx(sum(losses[i] for i in steps) / len(steps), abs=0.011)
+
+
 def test_within_an_epoch_another_text_is_refused(tmp_path: Path) -> None:
     make_corpus(tmp_path / "set")
     probe = ("kill", "lm_main.py", 0, 20, "--data", "set", *TINY, "--checkpoint-every", 20)
-    env = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    assert run("tests/process_probe.py", *probe, cwd=tmp_path, env=env).code == 9
+    assert run("tests/process_probe.py", *probe, cwd=tmp_path, env=PROBE).code == 9
     text = tmp_path / "set" / "train.txt"
     whole = text.read_text()
     lines = whole.splitlines(keepends=True)

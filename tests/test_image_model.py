@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from kit import make_dataset
 from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
+import resnet_main
 from engine import checkpoints
 from engine.checkpoints import Checkpoint
 from engine.cli import UserError
 from image_classification import checkpoint as image_checkpoint
 from image_classification import model as image_model
+from image_classification.data import find_data
 from image_classification.settings import ModelSpec, has_stem
 
 FAMILIES = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5"]
@@ -236,3 +239,54 @@ def test_an_architecture_that_torchvision_does_not_have_names_its_file() -> None
         checkpoint = Checkpoint(Path("a.pth"), {"arch": arch, "state_dict": {}})
         with pytest.raises(UserError, match=f"a.pth: is a {arch}, which torchvision does not have"):
             image_checkpoint.read_spec(checkpoint, None, None)
+
+
+def test_weights_as_other_programs_name_them(tmp_path: Path) -> None:
+    """Lightning's module has a network and a loss with weights; DenseNets were named otherwise."""
+    path = tmp_path / "other.ckpt"
+    network = models.resnet18(num_classes=5).state_dict()
+    loss = {"criterion.weight": torch.ones(5)}
+    torch.save({"state_dict": {**{f"net.{k}": v for k, v in network.items()}, **loss}}, path)
+    restored, found = image_checkpoint.restore_model(image_checkpoint.load(path), None, "stock")
+    assert (found.arch, found.num_classes) == ("resnet18", 5)
+    assert all(torch.equal(v, network[k]) for k, v in restored.state_dict().items())
+    twice = {f"{n}.{k}": v for n in ("student", "teacher") for k, v in network.items()}
+    torch.save({"state_dict": twice}, path)
+    with pytest.raises(UserError, match="has no fc, head, heads or classifier"):
+        image_checkpoint.load(path)
+
+    network = models.densenet121(num_classes=5).state_dict()
+    old = {re.sub(r"(denselayer\d+\.\w+)(\d)\.", r"\1.\2.", k): v for k, v in network.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    torch.save(old, path)
+    restored, _ = image_checkpoint.restore_model(image_checkpoint.load(path), "densenet121")
+    assert all(torch.equal(v, network[k]) for k, v in restored.state_dict().items())
+
+
+def test_a_training_may_begin_with_weights_and_a_new_last_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for classes in (2, 3):
+        make_dataset(tmp_path / f"of{classes}", classes=classes)
+    names = ["n00000000", "n00000001"]
+    own = ModelSpec("resnet34", "cifar", 2, 32)
+    weights = image_model.build_model(own).state_dict()
+    content = {**own._asdict(), "classes": names, "state_dict": weights}
+    torch.save(content, tmp_path / "own.pth")
+
+    def begun(data: str, *flags: str) -> tuple[Any, dict[str, torch.Tensor]]:
+        run, args, checkpoint = resnet_main.begin([data, "--weights", "own.pth", "-j", "0", *flags])
+        images = find_data(run.accelerator, args)
+        model, *_ = resnet_main.build(run, images, args, checkpoint)
+        return args, model.state_dict()
+
+    args, found = begun("of3", "--output-dir", "a")
+    assert (args.arch, args.stem, args.image_size) == ("resnet34", "cifar", 32)
+    assert found["fc.weight"].shape == (3, 512)
+    same = {name for name, tensor in weights.items() if torch.equal(tensor, found[name])}
+    assert same == weights.keys() - {"fc.weight", "fc.bias"}
+    _, found = begun("of2", "--output-dir", "b")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in weights.items())
+    with pytest.raises(UserError, match=r"own.pth has arch resnet34, not resnet18: leave the flag"):
+        begun("of2", "--output-dir", "c", "-a", "resnet18")

@@ -4,6 +4,7 @@ The loop takes the kit's batches as they are before CutMix and MixUp. That the c
 from sample to sample and from epoch to epoch is a test of its own.
 """
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -25,6 +26,7 @@ from engine.cli import UserError
 from engine.launch import build_accelerator
 from engine.metrics import Sums, step_sums
 from engine.seeds import derive_seed
+from image_classification import metrics
 from image_classification.data import (
     DecodedImages,
     ImageData,
@@ -228,3 +230,37 @@ def test_sums_go_on_from_a_checkpoint_and_name_the_step_of_a_loss_that_is_not_fi
         second.read()
     assert math.isnan(second.read(refuse_nan=False)[1]["Loss"])
     assert second.carry()[0][1] == 23
+
+
+def test_throughput_counts_images_and_is_nothing_without_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = itertools.count()  # each look at the clock is one later
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(seconds))
+    progress = metrics.Progress(build_accelerator(), "", 2, 10)
+    assert progress.rate() is None
+    for step, images in progress.steps([8, 2]):
+        progress.tick(step, images)
+    # One second at the start, two for each batch, one after the last.
+    assert progress.rate() == pytest.approx(10 / 5)
+
+
+def test_the_original_goes_on_at_the_rate_of_its_schedule(tmp_path: Path) -> None:
+    """Its StepLR divides only at multiples of 30, and otherwise keeps what it finds."""
+    make_dataset(tmp_path / "set")
+    flags = (*COMMON, "--lr", 0.5, "--start-epoch", 28, "--epochs")
+    for epochs, rates in ((29, [0.5, 0.05]), (30, [0.05, 0.05])):
+        more = ("--overwrite",) if epochs == 30 else ()
+        assert run("resnet_main.py", *flags, epochs, *more, cwd=tmp_path).code == 0
+        content = read(tmp_path / "output" / "resnet18-cpu" / "checkpoint.pth")
+        parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in content["optimizer"]["state"]]
+        theirs = torch.optim.SGD(parameters, 0.5, momentum=0.9, weight_decay=1e-4)
+        scheduler = torch.optim.lr_scheduler.StepLR(theirs, step_size=30, gamma=0.1)
+        theirs.load_state_dict(content["optimizer"])
+        scheduler.load_state_dict(content["scheduler"])
+        found = [theirs.param_groups[0]["lr"]]
+        theirs.step()
+        scheduler.step()
+        found.append(theirs.param_groups[0]["lr"])
+        assert content["epoch"] == epochs
+        assert found == pytest.approx(rates)
