@@ -221,7 +221,8 @@ class Run:
         self.carried = checkpoint.sums(1 + len(self.metrics))
         checkpoint.load_optimizer(optimizer)
         self.resumed = checkpoint.path
-        self.theirs = self.resumed.with_name(checkpoint.value("best_file", str) or "")
+        best_file = checkpoint.value("best_file", str) or ""
+        self.theirs = self.resumed.parent / Path(best_file).name
         self.accelerator.print(
             f"=> loaded checkpoint '{self.resumed}' (epoch {self.epoch}, step {self.step})"
         )

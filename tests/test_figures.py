@@ -2,13 +2,16 @@
 
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from chaos import read, scalars
 from kit import PROBE, Result, error_line, make_corpus, run
 from PIL import Image
+from torchvision import models
 
 FLAGS = ("--image-size", 32, "--stem", "stock", "-b", 12, "--lr", 0.01, "--seed", 1, "-j", 1)
 TINY = ("--emsize", 8, "--nhid", 8, "--batch_size", 4, "--bptt", 5)
@@ -76,6 +79,23 @@ def test_a_run_notices_that_its_validation_images_have_changed(
     assert ("was measured on other" in result.out) is (change != "nothing")
     said, measured = best(tmp_path, "a/model_best.pth", "A")
     assert said == pytest.approx(measured, abs=1e-3)
+
+
+def test_torchvisions_references_number_the_last_epoch_that_is_done(
+    learnt: Path, tmp_path: Path
+) -> None:
+    network = models.resnet18(num_classes=2)
+    optimizer = torch.optim.SGD(network.parameters(), 0.5, momentum=0.9, weight_decay=1e-4)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30)
+    content = {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 29}
+    content |= {"lr_scheduler": scheduler.state_dict(), "args": Namespace(lr=0.5, model="resnet18")}
+    torch.save(content, tmp_path / "model_29.pth")
+    flags = (learnt / "A", "-b", 12, "--seed", 1, "--image-size", 32, "--output-dir", "on")
+    result = run("resnet_main.py", *flags, "--resume", "model_29.pth", "--epochs", 31, cwd=tmp_path)
+    assert result.code == 0, result
+    assert "=> loaded checkpoint 'model_29.pth' (epoch 30, step 0)" in result.out
+    ((epoch, rate),) = scalars(tmp_path / "on" / "logs")["LR"]
+    assert (epoch, rate) == (30, pytest.approx(0.05))
 
 
 def lm(folder: Path, *flags: object, data: str = "set") -> Result:
