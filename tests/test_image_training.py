@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from chaos import read, scalars
-from kit import PROBE, image, make_dataset, run
+from kit import PROBE, image, make_dataset, read, run, scalars
 from process_probe import small_model
 from torch import nn
 from torch.nn import functional as F

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from chaos import differences, read
-from kit import PROBE, make_corpus, make_dataset, run
+from kit import PROBE, differences, make_corpus, make_dataset, read, run
 
 # What a checkpoint had before every setting was one of its keys.
 LANGUAGE_MODEL = {

@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from chaos import differences, read
-from kit import KIT, PATIENCE, Result, Running, make_corpus, run
+from kit import KIT, PATIENCE, Result, Running, differences, make_corpus, read, run
 
 from engine import streams
 
