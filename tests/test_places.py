@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -364,7 +365,7 @@ def test_a_run_without_a_folder_is_named_by_what_it_runs_on(tmp_path: Path) -> N
         (None, Path("none.pth"), True, "cpu", 1, "resnet18-cpu"),
     ):
         accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes)
-        args = SimpleNamespace(arch=arch, resume=resume, evaluate=evaluate)
+        args = Namespace(arch=arch, resume=resume, evaluate=evaluate)
         assert default_folder(accelerator, args) == Path("output", name)
 
 
