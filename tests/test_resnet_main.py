@@ -147,7 +147,7 @@ def test_a_resume_that_would_not_be_the_same_run_is_refused_or_named(
     assert run("tests/process_probe.py", *probe, cwd=folder, env=PROBE).code == 9
     again = [*flags, "--resume", "odd/checkpoint.pth"]  # which knows what FAST said
     for change, message in {
-        ("--seed", 2): "within an epoch of seed 1, and this run has 2",
+        ("--seed", 2): "has seed 1, not 2: leave the flag out, or begin anew",
         ("-b", 4): "within an epoch of batch_size 8, and this run has 4",
     }.items():
         assert message in error_line(run("resnet_main.py", *again, *change, cwd=folder))

@@ -69,8 +69,10 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         if type(size) is not int or size < 1:
             raise checkpoint.error(f"{name} is {size!r}: not written by lm_main.py, or damaged")
     kind, tied = checkpoint.get("model"), checkpoint.get("tied")
-    if kind not in MODELS or type(tied) is not bool:
-        raise checkpoint.error(f"unknown model {kind!r}, tied {tied!r}: damaged")
+    if kind not in MODELS:
+        raise checkpoint.error(f"unknown model {kind!r}: damaged")
+    if type(tied) is not bool:
+        raise checkpoint.error(f"tied is {tied!r}: not written by lm_main.py, or damaged")
     spec = ModelSpec(kind, words=len(read_vocabulary(checkpoint)), tied=tied, **sizes)
     try:
         model_class(kind).check(spec, bptt=1)
