@@ -68,11 +68,14 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
             _replace(temporary, path)
         elif not path.exists():
             temporary.rename(path)
-        # Until the directory is synchronised, a power failure may undo the rename.
-        with contextlib.suppress(PermissionError):  # of a folder without `r`, or of Windows
+        # Until the directory is synchronised, a power failure may undo the rename. Windows, folders
+        # without `r` and some file systems (VirtualBox's shared folders) cannot.
+        with contextlib.suppress(OSError):
             directory = os.open(path.parent, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
     finally:
         _remove(temporary)
 
