@@ -410,7 +410,7 @@ def train_epoch(
         disable=None if accelerator.is_main_process else True,
     )
     # As in the original, the first line of an epoch sums one step more than it divides by.
-    since, last = run.step, max(run.step - 1, 0)  # steps: the first since a line, that of the line
+    since, last = run.step, max(run.step - 1, 0)  # the first step since the last line; its step
     started = time.time()
     with bar:
         for step, tokens, targets in segments(text, args.bptt, run.step):

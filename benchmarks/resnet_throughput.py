@@ -45,7 +45,7 @@ SMALLEST = "squeezenet1_1"  # the model of the loading row, which measures the l
 
 def kit(work: str, flags: list[str], rows: list[int], compiled: bool = False) -> Round:
     """Images a second over the images `rows`, set up as resnet_main.main does."""
-    with tempfile.TemporaryDirectory() as folder:  # in which this run writes nothing
+    with tempfile.TemporaryDirectory() as folder:  # nothing is saved there
         flags = [*flags, "--output-dir", folder, *["--compile"] * compiled]
         run, args, checkpoint = resnet_main.begin(flags)
     data = find_data(run.accelerator, args)

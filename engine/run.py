@@ -72,15 +72,13 @@ class Run:
     def __post_init__(self) -> None:
         self.preemption = Preemption(self.accelerator)
         self.no_figure = self.best_figure
+        self.files = self.latest, previous_of(self.latest), self.best
+        self.owner_note = self.log_dir / ".run"  # says whose curves lie in `log_dir`
 
     @property
     def number(self) -> int:
         """The epoch under way as lines and curves number it."""
         return self.epoch + self.first_epoch
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.latest, previous_of(self.latest), self.best
 
     def find(
         self,
@@ -138,11 +136,6 @@ class Run:
         patience = PATIENCE if is_auto else 0
         self.locks = [lock(path, flag, patience) for path, flag in locks.items()]
         self._refuse_curves_of_others()
-
-    @property
-    def owner_note(self) -> Path:
-        """A file in the log folder that says whose curves lie there."""
-        return self.log_dir / ".run"
 
     def _refuse_curves_of_others(self) -> None:
         if not (self.owner_note.is_file() and has_points(self.log_dir)):
