@@ -163,7 +163,7 @@ def previous_of(latest: Path) -> Path:
 
 
 class Writer:
-    """Writes a run's checkpoints in a thread beside its training, and keeps the one before.
+    """Writes a run's checkpoints in a thread of its own, and keeps the one before the latest.
 
     A failure is raised by the next call of any method. Leaving the context waits.
 
@@ -318,7 +318,8 @@ def _other_kind(path: Path) -> str | None:
             'is a TorchScript program. This turns it into weights: python -c "import torch; '
             f"torch.save(torch.jit.load('{path}').state_dict(), 'weights.pth')\""
         )
-    if names and not any("/data/" in name or name.endswith("/version") for name in names):
+    of_torch = ("/data.pkl", "/version")
+    if names and not any("/data/" in name or name.endswith(of_torch) for name in names):
         return "is a zip archive: unpack it, and name the file in it"
     return next((what for magic, what in OTHER_FILES.items() if head.startswith(magic)), None)
 
