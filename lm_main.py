@@ -6,9 +6,9 @@
     python lm_main.py --evaluate --resume model.pt
 
 pytorch/examples' word_language_model/main.py with the devices left to Accelerate: the flags, the
-printed lines and the defaults are the original's, and so are, in one process and with
---dropout 0, the weights at the start and the losses. The batch size is that of all processes
-together, each of which takes whole columns of the text.
+printed lines and the defaults are the original's. In one process and with --dropout 0, so are
+the initial weights and the losses. The batch size is that of all processes together; each
+of them takes whole columns of the text.
 
 On 245,569 words of WikiText-2, two CPU cores, float32: test perplexity 398 after two epochs of a
 tied LSTM, 407 and 411 (two seeds) after six of the Transformer (docs/language_models.md).
@@ -64,7 +64,7 @@ def make_parser() -> cli.ArgumentParser:
     add("--lr", type=cli.non_negative_float, default=20.0, metavar="LR",
         help="initial learning rate; an epoch without a better validation loss divides it by 4")
     add("--clip", type=cli.non_negative_float, default=0.25, metavar="NORM",
-        help="a gradient of a larger norm is scaled down to it; 0: none is")
+        help="largest norm of the gradient, which is scaled down to it; 0: no limit")
     add("--dropout", type=cli.fraction, default=0.2, metavar="P",
         help="share of values that are dropped; 0: none")
     add("--layer-dropout", type=cli.fraction, default=0.1, metavar="P",
@@ -178,7 +178,7 @@ def begin(
     """
     parser = make_parser()
     args = parser.parse(argv)
-    accelerator = build_accelerator(broadcast_buffers=False)  # sines, which never change
+    accelerator = build_accelerator(broadcast_buffers=False)  # the only ones, sines, never change
     keep_freed_memory(2**30)  # the logits are the largest
     use_deterministic_kernels(accelerator, True)
     if args.evaluate and not args.resume:
@@ -215,7 +215,7 @@ def begin(
 def dry(args: argparse.Namespace) -> Iterator[None]:
     """Puts all files of --dry-run into a folder beside --save, which is removed at the end.
 
-    So a disk that is full or read-only shows, and no model of an earlier run is replaced.
+    A full or read-only disk shows, and an earlier run's model stays.
     """
     try:
         args.save.parent.mkdir(parents=True, exist_ok=True)
@@ -244,10 +244,9 @@ def build(
     if checkpoint:
         load_weights(model, checkpoint)
 
-    # The original's `p -= lr * grad`, or its AdamW.
     kind = torch.optim.AdamW if args.use_optimizer else torch.optim.SGD
     optimizer: torch.optim.Optimizer = kind(model.parameters(), lr=args.lr)
-    # With AdamW graphs were never measured.
+    # Graphs were never measured with AdamW.
     graphable = can_use_graphs(accelerator) and not args.use_optimizer
     run.graphed = graphable and args.compile is not False
     if run.graphed:
@@ -411,11 +410,11 @@ def train_epoch(
         disable=None if accelerator.is_main_process else True,
     )
     # As in the original, the first line of an epoch sums one step more than it divides by.
-    since, last = run.step, max(run.step - 1, 0)  # the first step of the next line; the last line's
+    since, last = run.step, max(run.step - 1, 0)  # the first step since the last line; its step
     started = time.time()
     with bar:
         for step, tokens, targets in segments(text, args.bptt, run.step):
-            # Dropout of a step follows from what it is, not from the past.
+            # Dropout depends on the step alone, not on the past.
             rank = accelerator.process_index
             seed_generators(accelerator.device, "dropout", args.seed, run.epoch, step, rank)
             values, *state["hidden"] = train_step(tokens, targets, *state["hidden"])
@@ -444,15 +443,15 @@ def train_epoch(
 def evaluate(run: Run, model: nn.Module, text: torch.Tensor, args: argparse.Namespace) -> float:
     """Mean loss of a word, the same bits on any number of processes.
 
-    Every process has all columns. Of the segments each decodes its own, whole, which is nine
-    tenths of the work; an RNN has to walk through the others as well.
+    Every process has all columns and decodes whole segments, in turn with the others: decoding is
+    nine tenths of the work. An RNN also has to walk through the others' segments.
     """
     accelerator, bptt = run.accelerator, args.bptt
-    bare: LanguageModel = accelerator.unwrap_model(model)  # whose `features` it calls
+    bare: LanguageModel = accelerator.unwrap_model(model)
     bare.eval()
     losses = torch.zeros(segment_count(text, bptt), device=text.device)
     hidden = bare.initial_hidden(text.shape[1])
-    with accelerator.autocast():  # around all segments: at its end it forgets converted weights
+    with accelerator.autocast():  # around all segments: it forgets converted weights at its end
         decoded_loss = EvaluationLoss(bare.decoder)
         for step, tokens, targets in tqdm(
             segments(text, bptt),
@@ -467,7 +466,7 @@ def evaluate(run: Run, model: nn.Module, text: torch.Tensor, args: argparse.Name
                 if mine:
                     losses[step] = decoded_loss(features, targets)
             run.check()
-    # A sum with zeros, which has no rounding.
+    # Sums with zeros are not rounded.
     losses = accelerator.reduce(losses, "sum").double().cpu()
     rows = torch.full_like(losses, bptt)
     rows[-1] = (len(text) - 1) - bptt * (len(losses) - 1)

@@ -46,8 +46,8 @@ def make_parser() -> cli.ArgumentParser:
     add("data", type=cli.nonempty, metavar="DIR", nargs="?", default=str(TINY_IMAGENET),
         help="folder of the dataset, or `sample` for the built-in one")
     add("--image-size", type=cli.positive_int, default=DEFAULT.image_size, metavar="PX",
-        help="side of the images that the model sees, in pixels; of weights of other programs "
-        "224 px, unless the images are small")
+        help="side of the images that the model sees, in pixels; with weights of other programs "
+        "224, unless the images are small")
     add("-j", "--workers", type=cli.non_negative_int, default=4, metavar="N",
         help="worker processes of a node that decode large images")
     add("--download", action=argparse.BooleanOptionalAction, default=True,
@@ -62,8 +62,8 @@ def make_parser() -> cli.ArgumentParser:
     add("--pretrained", action="store_true",
         help="start from torchvision's ImageNet weights; with its stem unless --stem is given")
     add("--weights", type=cli.pathname, metavar="PATH",
-        help="start a new run from this checkpoint's weights, with a new last layer where its "
-        "classes are others")
+        help="start a new run from this checkpoint's weights, with a new last layer if its "
+        "classes differ")
     add("--sync-bn", action=argparse.BooleanOptionalAction, default=False,
         help="batch statistics over all GPUs (default: no)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
@@ -75,7 +75,7 @@ def make_parser() -> cli.ArgumentParser:
     add("-b", "--batch-size", type=cli.positive_int, default=256, metavar="N",
         help="images a step, over all processes together")
     add("--lr", "--learning-rate", dest="lr", type=cli.non_negative_float, default=0.1,
-        metavar="LR", help="initial learning rate, of the whole batch")
+        metavar="LR", help="initial learning rate, for the global batch")
     add("--momentum", type=cli.non_negative_float, default=0.9, metavar="M",
         help="momentum of SGD")
     add("--wd", "--weight-decay", dest="weight_decay", type=cli.non_negative_float, default=1e-4,
@@ -83,15 +83,15 @@ def make_parser() -> cli.ArgumentParser:
     add("--lr-schedule", choices=("step", "cosine"), default="step",
         help="step: a tenth every 30 epochs; cosine: to zero")
     add("--warmup-epochs", type=cli.non_negative_int, default=0, metavar="N",
-        help="epochs of linearly rising learning rate before it")
+        help="epochs in which the learning rate rises linearly, before the schedule")
     add("--label-smoothing", type=cli.fraction, default=0.0, metavar="E",
-        help="share of a target that all classes get")
+        help="share of a target that is spread over all classes")
     add("--cutmix", type=cli.non_negative_float, default=0.0, metavar="ALPHA",
-        help="parameter of its Beta distribution; 0: none")
+        help="parameter of CutMix's Beta distribution; 0: none")
     add("--mixup", type=cli.non_negative_float, default=0.0, metavar="ALPHA",
-        help="0: none; with --cutmix as well, each batch gets one of the two")
+        help="the same of MixUp; with both, each batch gets one of the two")
     add("--seed", type=cli.non_negative_int, metavar="N",
-        help="makes a run repeatable; else drawn and printed")
+        help="makes a run repeatable; drawn and printed if not given")
     add = parser.add_argument_group("run").add_argument
     add("-e", "--evaluate", action="store_true", help="evaluate on the validation set and exit")
     add("--resume", type=cli.pathname, metavar="PATH",
@@ -141,8 +141,8 @@ from image_classification.data import ImageData, ImageLoader, find_data, identit
 from image_classification.metrics import METRICS, Progress, batch_sums, summary
 from image_classification.model import build_model, check_architecture
 
-# A validation batch is never larger, and never depends on the number of processes, so that
-# neither do the bits of its result.
+# At most, for validation. It does not depend on the number of processes, and so the bits of the
+# result do not.
 EVAL_BATCH_SIZE = 256
 
 
@@ -228,7 +228,7 @@ def build(
     model.to(memory_format=torch.channels_last)
     if args.compile:
         check_compiler()
-        # For each shape once, the last, smaller batches too: all of it in the first epoch.
+        # Once for each shape, that of the smaller last batch too: all in the first epoch.
         model.compile(dynamic=False)
 
     optimizer: torch.optim.Optimizer = torch.optim.SGD(
@@ -239,7 +239,7 @@ def build(
         make_capturable(optimizer, accelerator.device)
     model, optimizer = run.prepare(model, optimizer)
 
-    if not args.evaluate:  # which reads every image once
+    if not args.evaluate:  # an evaluation reads every image only once
         data = move_to_gpu(data, accelerator)
     choices = [
         transform(alpha=alpha, num_classes=spec.num_classes)
@@ -290,7 +290,7 @@ def fit(
 
     def contents() -> dict[str, Any]:
         """What a checkpoint holds beside what the run itself adds (`Run.save`)."""
-        # The original goes on with the rate that it finds there: that of the epoch under way.
+        # The original goes on with the rate in the file: that of the epoch under way.
         run.set_learning_rate(learning_rate(run.epoch, args))
         return {
             **{name: getattr(args, name) for name in SETTINGS},
@@ -313,7 +313,7 @@ def fit(
             scalars = {f"{name}/train": value for name, value in train.items()}
             scalars |= {f"{name}/val": value for name, value in val.items()}
             scalars["LR"] = lr
-            if rate is not None:  # else the epoch was resumed after its last step
+            if rate is not None:  # it is None for an epoch resumed after its last step
                 scalars["Throughput/train"] = rate
             run.end_of_epoch(scalars, val["Acc@1"])
     if run.has_best:
@@ -375,7 +375,7 @@ def train_epoch(
     )
     try:
         for step, batch in progress.steps(loader.epoch(run.epoch, run.step)):
-            # Dropout and stochastic depth of a step follow from what it is, not from the past.
+            # Dropout and stochastic depth depend on the step alone, not on the past.
             rank = accelerator.process_index
             seed_generators(accelerator.device, "dropout", args.seed, run.epoch, step, rank)
             soft_targets = () if batch.soft_targets is None else (batch.soft_targets,)
@@ -400,8 +400,7 @@ def train_epoch(
 def evaluate(run: Run, model: nn.Module, loader: ImageLoader, args: argparse.Namespace) -> Means:
     """Means over the validation set, the same bits on any number of processes.
 
-    Batches go whole to the processes in turn, and their sums are added in the order of the
-    batches.
+    The processes take whole batches in turn. Their sums are added in the order of the batches.
     """
     accelerator = run.accelerator
     # The bare module: one process may have a batch more than another.

@@ -1,7 +1,7 @@
 """How fast a machine does the arithmetic of a training step, and nothing else.
 
-The contestants that bound the others, and the FLOPs of a step. These are the reference's: what
-the kit may compute beyond them, in a loss that is computed twice for instance, is no work done.
+The contestants that bound the others, and the FLOPs of a step. The FLOPs are the reference's: what
+the kit computes beyond them, a loss computed twice for instance, does not count as work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def flops_per_token(work: str, model: str, sizes: dict[str, int], bptt: int) -> 
     network = reference_lm.language_model(model, sizes)
     data = reference_lm.text(1, 2, bptt, sizes["words"])
     counter = FlopCounterMode(display=False)
-    # An LSTM of oneDNN is one operation, whose FLOPs the counter does not know.
+    # The counter does not know the FLOPs of oneDNN's LSTM, a single operation.
     without_onednn = torch.backends.mkldnn.flags(enabled=False)
     with warnings.catch_warnings(action="ignore"), without_onednn, counter:
         loss, _ = reference_lm.segment_loss(network, data[:-1], data[1:].view(-1), None)
@@ -42,7 +42,7 @@ def products(work: str, rows: int, size: int, words: int, dtype: str, flops: flo
     kind, device = getattr(torch, dtype), rounds.device()
     features, weight = (torch.randn(n, size, device=device).to(kind) for n in (rows, words))
     logits = torch.randn(rows, words, device=device).to(kind)
-    # Into memory that is there already: its faults are not the arithmetic's.
+    # Into memory that is there already: page faults are not arithmetic.
     logits_out, features_out, weight_out = map(torch.empty_like, (logits, features, weight))
 
     def multiply(repeats: int) -> None:

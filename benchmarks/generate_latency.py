@@ -17,6 +17,7 @@ import reference_lm
 import rounds
 import tables
 import torch
+from lm_throughput import spec_of
 from reference_lm import MAX_POSITIONS, MODELS
 from rounds import Contestant, Round, Row
 
@@ -26,17 +27,12 @@ import lm_generate
 from engine.cli import ArgumentParser, UserError, positive_int
 from engine.stop import run_script
 from word_language_model.model import build_model, model_class
-from word_language_model.settings import ModelSpec
 
 SAMPLES = 10  # of the reference's words, on the way to each length but the first
 
 
-def spec_of(model: str, sizes: dict[str, int]) -> ModelSpec:
-    return ModelSpec(model=model, nhead=reference_lm.NHEAD, tied=False, **sizes)
-
-
 def kit(model: str, sizes: dict[str, int], lengths: list[int]) -> Round:
-    """Milliseconds a word of one text, when it has come to each of the `lengths`."""
+    """Milliseconds a word of one text, up to each of the `lengths`."""
     network = build_model(spec_of(model, sizes), dropout=0.0).eval().to(rounds.device())
     args = lm_generate.make_parser().parse(["--words", str(max(lengths))])
 
@@ -91,9 +87,9 @@ def main() -> None:
         titles = [f"{model}, {length} words" for length in lengths]
         rows += rounds.measure(titles, "ms a word", contestants, args.rounds)
     notes = [
-        "reference: Transformer and CNN read their whole text for every word. Up to "
-        f"{lengths[0]} words all were written, beyond {SAMPLES} on the way to each length, and "
-        "the time of those between interpolated.",
+        "reference: Transformer and CNN read their whole text for every word. All of the first "
+        f"{lengths[0]} words were written, then {SAMPLES} on the way to each length; the time of "
+        "those between is interpolated.",
         "kit: all words were written; Transformer and CNN read the last "
         f"{lm_generate.DEFAULT_BPTT}, of which the CNN needs its receptive field.",
         "floor: the decoder's product for one word alone, which reads all of its weights.",

@@ -48,16 +48,12 @@ def kit(
     steps: int,
     compiled: bool,
 ) -> Round:
-    """Tokens a second, set up as lm_main.main does.
-
-    Args:
-        columns: of all processes.
-    """
+    """Tokens a second of all processes together, set up as lm_main.main does."""
     flags = ["--model", model, "--batch-size", str(columns), "--bptt", str(bptt)]
     flags += ["--lr", str(reference_lm.LR[model]), "--nhead", str(reference_lm.NHEAD)]
     flags += [f"--{name}={size}" for name, size in sizes.items() if name != "words"]
     flags += ["--compile"] * compiled
-    with tempfile.TemporaryDirectory() as folder:  # in which this run writes nothing
+    with tempfile.TemporaryDirectory() as folder:  # nothing is saved there
         run, args, checkpoint = lm_main.begin([*flags, "--save", f"{folder}/model.pt"])
     tokens = reference_lm.text(steps, columns, bptt, sizes["words"]).t().flatten()
     words = [f"word{number}" for number in range(sizes["words"])]

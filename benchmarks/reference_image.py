@@ -1,8 +1,8 @@
 """An image classifier as it is commonly written, to measure the kit against.
 
 In the manner of pytorch/examples' imagenet: ImageFolder and PIL in worker processes, float32,
-contiguous tensors, the metrics read back in every step. It knows nothing of the kit, so that
-nothing which the kit sets or imports can make it faster or slower.
+contiguous tensors, the metrics read back in every step. It knows nothing of the kit, so nothing
+that the kit sets or imports can make it faster or slower.
 """
 
 from __future__ import annotations

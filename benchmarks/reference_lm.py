@@ -29,7 +29,7 @@ LR = {"Transformer": 5.0, "LSTM": 20.0, "CNN": 20.0}
 
 
 def zipf(count: int, words: int) -> torch.Tensor:
-    """`count` tokens; number k is drawn in proportion to 1 / (k + 1), as words of a language."""
+    """`count` tokens; token k is drawn in proportion to 1 / (k + 1), as in a language."""
     generator = torch.Generator().manual_seed(0)
     return torch.multinomial(1 / torch.arange(1, words + 1), count, True, generator=generator)
 
@@ -169,9 +169,9 @@ def validation(model: str, sizes: dict[str, int], columns: int, bptt: int, steps
 def generation(model: str, sizes: dict[str, int], lengths: list[int], samples: int) -> Round:
     """Milliseconds a word of texts of `lengths` words.
 
-    The Transformer (without a mask) and the CNN read their whole text again for every word. It
-    would take minutes to write all: they write the words up to the first length, and of the
-    others `samples` on the way to each length, between which a word's time is interpolated.
+    The Transformer (without a mask) and the CNN read their whole text again for every word. Writing
+    every word would take minutes: they write all up to the first length, then `samples` on the way
+    to each length, and the time of a word between those is interpolated.
     """
     device = rounds.device()
     network = language_model(model, sizes).to(device).eval()

@@ -24,7 +24,8 @@ import tables
 import torch
 from rounds import Contestant, Round, Row
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+KIT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(KIT))
 
 import resnet_main
 from engine.cli import ArgumentParser, positive_int
@@ -37,15 +38,14 @@ from image_classification.model import build_model
 from image_classification.settings import DEFAULT, STEMS, ModelSpec, has_stem
 from image_classification.sources import resolve
 
-KIT = Path(__file__).resolve().parent.parent
 WORK = ("training", "validation", "loading", "start")
 LOADING_STEPS = 40  # at least, of a round: loading alone is quick
 SMALLEST = "squeezenet1_1"  # the model of the loading row, which measures the loader alone
 
 
 def kit(work: str, flags: list[str], rows: list[int], compiled: bool = False) -> Round:
-    """Images a second over those of number `rows`, set up as resnet_main.main does."""
-    with tempfile.TemporaryDirectory() as folder:  # in which this run writes nothing
+    """Images a second over the images `rows`, set up as resnet_main.main does."""
+    with tempfile.TemporaryDirectory() as folder:  # nothing is saved there
         flags = [*flags, "--output-dir", folder, *["--compile"] * compiled]
         run, args, checkpoint = resnet_main.begin(flags)
     data = find_data(run.accelerator, args)
@@ -105,7 +105,7 @@ def start(flags: list[str]) -> Round:
 
 
 def pick(count: int, total: int) -> list[int]:
-    """`count` of `total` images, as evenly often as can be."""
+    """`count` of `total` images, each about equally often."""
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     return order.repeat(-(-count // total))[:count].tolist()
 
@@ -136,7 +136,7 @@ def main() -> None:
     small = small_side(folders.train.paths)
     stem = args.stem if has_stem(args.arch) else None
     spec = ModelSpec(args.arch, stem, len(folders.classes), args.image_size)
-    build_model(spec)  # or say what is wrong with it
+    build_model(spec)  # raises for what is wrong with it
     network = {"arch": spec.arch, "stem": spec.stem, "classes": spec.num_classes}
     sizes = [*("-b", args.batch_size), *("--image-size", args.image_size), *("-j", args.workers)]
     flags = [args.data, "-a", args.arch, *map(str, sizes)]

@@ -2,9 +2,8 @@
 
 A measurement names functions of this folder's modules. `function(**options)` prepares a
 contestant and returns its `Round`, which does one round of work and returns its figures, one for
-each title. Round i of every contestant comes before round i + 1 of any, and whoever has not its
-turn sleeps: what else a machine does meets all alike. A process of its own gives each its
-environment and its peak of memory, and keeps the reference free of the kit.
+each title. One at a time, in turn: background load hits all contestants equally. A process of its
+own gives each its environment and its peak of memory, and keeps the reference free of the kit.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 Round = Callable[[], list[float]]
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # of accelerate, and torch's names
 LESS_IS_BETTER = ("ms a word", "s")
-# What a shell may have left, and would make one contestant another.
+# Prefixes of variables that a shell may have set, and that would change a contestant.
 FOREIGN = ("ACCELERATE_", "THP_MEM_ALLOC_ENABLE")
 
 
@@ -67,7 +66,7 @@ def kit_environment(precision: str) -> dict[str, str]:
 
 
 def floor_environment() -> dict[str, str]:
-    """Whatever makes the machine fast: page faults are no part of its arithmetic."""
+    """With huge pages: page faults are no part of the arithmetic."""
     return {"THP_MEM_ALLOC_ENABLE": "1", **reference_environment()}
 
 
@@ -86,7 +85,7 @@ def synchronise() -> None:
 
 
 def rate_after_first(sizes: Iterable[int]) -> float:
-    """Sum of all `sizes` but the first, a second of the time that they take to come."""
+    """Items a second, from the first batch on; `sizes` yields the size of each batch."""
     rest = iter(sizes)
     next(rest)
     counts: list[int] = []
@@ -112,8 +111,8 @@ def line_up(
 ) -> list[Contestant]:
     """The reference, the kit in each precision, and what bounds them; target and options of each.
 
-    A floor's function has the argument `dtype` as well, the kit's `compiled`, for a contestant more
-    in each precision.
+    The floor's function also gets `dtype`, and the kit's `compiled`: with it each precision has one
+    more contestant.
     """
     names = {precision: PRECISIONS[precision] for precision in precisions}
     own = reference_environment()
@@ -144,7 +143,7 @@ def measure(
     rounds: int,
     flops: float = 0.0,
 ) -> list[Row]:
-    """Figures of all contestants, the first of which is the reference.
+    """Figures of all contestants; the first is the reference.
 
     Args:
         titles: of the figures that a round returns.
@@ -215,10 +214,10 @@ class _Child:
         self.ask(contestant.options)
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Its options at first, and then nothing, once for every round."""
+        """Send its options at first, then an empty question for every round."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it has failed, and below says why
+        with contextlib.suppress(BrokenPipeError):  # it has failed: its complaints are read below
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -276,6 +275,6 @@ def add_precision(parser: argparse.ArgumentParser, bf16: bool) -> None:
 
 
 def _say(text: str) -> None:
-    """What is being done, on a terminal; it takes minutes."""
+    """Show on a terminal what is being done; it takes minutes."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

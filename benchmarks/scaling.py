@@ -4,8 +4,8 @@
     python benchmarks/scaling.py --processes 1 2 --only resnet18
 
 The processes are on this machine's CPU, joined by gloo over the loopback interface, whose
-counters are read: the machine should have nothing else to say to itself. Beside them stands the
-volume of a ring's all-reduce: each process sends 2 (n - 1) / n of the gradients' bytes a step.
+counters are read: nothing else should use that interface. Beside them stands the volume of a
+ring's all-reduce: each process sends 2 (n - 1) / n of the gradients' bytes a step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from engine.stop import leave
 from image_classification import model as image_model
 from image_classification import settings as image_settings
 from word_language_model import model as lm_model
-from word_language_model import settings as lm_settings
 
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 IMAGES, COLUMNS, BPTT = 64, 20, 35  # a step, of all processes
@@ -68,7 +67,6 @@ def measure(job: str, processes: int, steps: int, folder: str) -> dict[str, floa
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         command[1:1] = [*launcher, str(processes)]
-    # As many threads as cores, where that can be.
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -84,7 +82,7 @@ def gradient_bytes(job: str) -> int:
     if job == "resnet18":
         model = image_model.build_model(image_settings.ModelSpec("resnet18", "stock", 10, 64))
     else:
-        spec = lm_settings.ModelSpec(job, nhead=2, tied=False, **reference_lm.SIZES)
+        spec = lm_throughput.spec_of(job, reference_lm.SIZES)
         model = lm_model.build_model(spec, dropout=0.0)
     return sum(4 * p.numel() for p in model.parameters())
 

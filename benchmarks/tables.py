@@ -14,7 +14,7 @@ import rounds
 import torch
 from rounds import LESS_IS_BETTER, Row
 
-# Of a table after a row's name; the first is named by its unit.
+# Head and width of the columns after a row's name; the first has the unit as its head.
 COLUMNS = (
     *(("", 12), ("min", 12), ("max", 12)),
     *(("× first", 10), ("min", 9), ("max", 9)),

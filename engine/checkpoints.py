@@ -23,18 +23,18 @@ from engine.files import whole_or_absent
 
 # What DistributedDataParallel, torch.compile and Lightning put before all names of a model.
 PREFIXES = ("module.", "_orig_mod.", "model.")
-# Under which key programs keep weights; the first that a file has.
+# Keys under which programs keep weights; the first that a file has counts.
 WEIGHT_KEYS = ("state_dict", "model", "model_state_dict", "net")
 
-# Options of an optimizer that a resumed run keeps as it has set them itself: its kernels suit this
-# machine, and a CUDA graph reads the rate from a tensor.
+# Optimizer options that a resumed run sets itself: kernels depend on the machine, a CUDA graph
+# reads the rate from a tensor, and files of older torch lack some.
 OWN_OPTIONS = ("lr", "foreach", "fused", "capturable", "differentiable", "maximize")
 
 
 class Checkpoint(dict[str, Any]):
     """What a file holds; empty for a run that starts anew.
 
-    From a file it has at least `state_dict`, whose names have lost the PREFIXES of wrappers.
+    `load` gives at least `state_dict`, its names without the PREFIXES of wrappers.
     """
 
     def __init__(self, path: Path = Path(), content: Mapping[str, Any] | None = None) -> None:
@@ -64,7 +64,7 @@ class Checkpoint(dict[str, Any]):
         return rows
 
     def load_state(self, model: nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
-        """Load `state` into `model`, which is `what`.
+        """Load `state` into `model`, which errors call `what`.
 
         Raises:
             UserError: the first name, shape or type that is not the model's.
@@ -81,7 +81,7 @@ class Checkpoint(dict[str, Any]):
                 )
             if have.is_floating_point() != want.is_floating_point():
                 raise self.error(f"{name} is {have.dtype} instead of {want.dtype}")
-        # In the model's own dict, since some modules keep their version there.
+        # Through the model's own dict: some modules keep their version there.
         own.update(state)
         model.load_state_dict(own)
 
@@ -94,9 +94,9 @@ class Checkpoint(dict[str, Any]):
         state = self.value("optimizer", dict)
         if not state:
             return
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's has it within
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Accelerate's
         try:
-            # Before the load, in which torch puts AdamW's `step` on the device that they want.
+            # Set before the load: they decide on which device torch puts AdamW's `step`.
             pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
             groups = [{**its, **{k: own[k] for k in OWN_OPTIONS if k in own}} for its, own in pairs]
             optimizer.load_state_dict({**state, "param_groups": groups})
@@ -124,7 +124,7 @@ def save(
     writes the same copies again.
 
     Args:
-        previous: takes what was at `path`.
+        previous: gets the file that was at `path`.
 
     Raises:
         UserError: when the disk is full or not writable; what was there before is still whole.
@@ -163,7 +163,7 @@ def previous_of(latest: Path) -> Path:
 
 
 class Writer:
-    """Writes a run's checkpoints beside its training, and keeps the one before the latest.
+    """Writes a run's checkpoints in a thread of its own, and keeps the one before the latest.
 
     A failure is raised by the next call of any method. Leaving the context waits.
 
@@ -179,7 +179,7 @@ class Writer:
         self.written: concurrent.futures.Future[None] = self.executor.submit(lambda: None)
 
     def save(self, checkpoint: Mapping[str, Any], *copies: Path) -> None:
-        """Copy `checkpoint` to main memory, for which training waits, and write it later."""
+        """Copy `checkpoint` to main memory, then write it while training goes on."""
         self.wait()
         snapshot = _to_host(checkpoint, {})
         if torch.cuda.is_initialized():
@@ -232,7 +232,7 @@ def _to_host(value: Any, copied: dict[object, torch.Tensor]) -> Any:
 
 
 def newest_whole(paths: Sequence[Path]) -> Path:
-    """The first of `paths`, which begin with the newest, that is whole; the others are named.
+    """The first whole file of `paths`, newest first; prints what is wrong with those before it.
 
     Raises:
         UserError: all are damaged.
@@ -269,7 +269,7 @@ def load(path: Path) -> Checkpoint:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
         else:
-            # Plain values in an object: torchvision's references keep their flags so.
+            # torchvision's references keep their flags in one, of plain values.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -292,7 +292,7 @@ def load(path: Path) -> Checkpoint:
     if torch.is_tensor(best) and best.numel() == 1:  # as the original has it
         checkpoint["best_acc1"] = best.item()
     if "lr_scheduler" in checkpoint and isinstance(checkpoint.get("epoch"), int):
-        checkpoint["epoch"] += 1  # torchvision's references count the last one that is done
+        checkpoint["epoch"] += 1  # torchvision's references save the index of the last epoch
     return checkpoint
 
 
@@ -306,25 +306,26 @@ OTHER_FILES = {
 
 
 def _other_kind(path: Path) -> str | None:
-    """What a file is that is no checkpoint, where that can be told."""
+    """What kind of file this is instead of a checkpoint; None if unknown."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
         names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-    except Exception:  # of a damaged file, which has been met before
+    except Exception:  # a damaged file, which the caller reports
         return None
     if any(name.endswith("/constants.pkl") for name in names):
         return (
             'is a TorchScript program. This turns it into weights: python -c "import torch; '
             f"torch.save(torch.jit.load('{path}').state_dict(), 'weights.pth')\""
         )
-    if names and not any("/data/" in name or name.endswith("/version") for name in names):
+    of_torch = ("/data.pkl", "/version")
+    if names and not any("/data/" in name or name.endswith(of_torch) for name in names):
         return "is a zip archive: unpack it, and name the file in it"
     return next((what for magic, what in OTHER_FILES.items() if head.startswith(magic)), None)
 
 
 def _find_weights(checkpoint: Checkpoint, content: Any) -> dict[str, torch.Tensor]:
-    """The state dict in what a file holds, or what is one itself."""
+    """The state dict in a file's content, or the content if it is one itself."""
     found: list[dict[str, torch.Tensor]] = []
     if isinstance(content, dict):
         found = [content[key] for key in WEIGHT_KEYS if _are_weights(content.get(key))]
@@ -360,7 +361,7 @@ def _is_weight(name: object, tensor: object) -> bool:
 def _verify_archive(path: Path) -> None:
     """Raise for a damaged archive, whose checksums torch's own reader does not look at."""
     if not zipfile.is_zipfile(path):
-        return  # written by torch before 1.6, or no checkpoint, as torch.load will say
+        return  # of torch before 1.6, or no checkpoint: torch.load tells
     with zipfile.ZipFile(path) as archive:
         if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
             raise ValueError("is compressed, and may unfold into more than its file's size")

@@ -68,11 +68,14 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
             _replace(temporary, path)
         elif not path.exists():
             temporary.rename(path)
-        # Until the directory is synchronised, a power failure may undo the rename.
-        with contextlib.suppress(PermissionError):  # of a folder without `r`, or of Windows
+        # Until the directory is synchronised, a power failure may undo the rename. Windows, folders
+        # without `r` and some file systems (VirtualBox's shared folders) cannot.
+        with contextlib.suppress(OSError):
             directory = os.open(path.parent, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
     finally:
         _remove(temporary)
 
@@ -112,7 +115,7 @@ def built_in(place: Path) -> Path:
     """Where built-in data lies: at `place`, or in the temporary folder when that is read-only.
 
     Raises:
-        UserError: the name `sample` may mean a folder of the user's as well.
+        UserError: a folder of the user's is called `sample` as well.
     """
     if Path("sample").is_dir():
         raise UserError(
@@ -126,11 +129,11 @@ def built_in(place: Path) -> Path:
     return Path(tempfile.gettempdir(), f"reproduction-kit-{owner}-{place.name}")
 
 
-def check_writable(directory: Path, flag: str, name: str = "test") -> None:
+def check_writable(directory: Path, flag: str, name: str = "") -> None:
     """Make `directory` and write to it now rather than after hours of training.
 
     Args:
-        name: of the file that will be put there.
+        name: of the file that will be put there, if it is one.
 
     Raises:
         UserError: when it cannot be made or written, or the name is too long; names the flag that
@@ -143,8 +146,7 @@ def check_writable(directory: Path, flag: str, name: str = "test") -> None:
         probe.write_bytes(b"x" * 4096)
         probe.unlink()
     except OSError as error:
-        where = directory if name == "test" else directory / name
-        raise _unwritable(where, error, flag) from error
+        raise _unwritable(directory / name, error, flag) from error
 
 
 def _unwritable(path: Path, error: OSError, flag: str) -> UserError:
@@ -216,14 +218,14 @@ def _place(path: Path) -> object:
 def lock(path: Path, flag: str, patience: float) -> IO[str] | None:
     """Lock the file at `path`, which is made, for as long as this process lives.
 
-    It is a POSIX lock: that ends with the process, even when its workers live on, and network disks
-    know it. Where a file system, or Windows, has none, nothing is locked.
+    A POSIX lock ends with the process, even when its workers live on, and network disks know it.
+    Where there is none (Windows, some file systems), nothing is locked.
 
     Args:
-        patience: seconds in which an earlier process may end.
+        patience: seconds to wait for the end of an earlier process.
 
     Returns:
-        The file, which is to be kept open.
+        The file; keep it open.
 
     Raises:
         UserError: another process has locked it; names the flag that chooses another place.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -11,15 +10,16 @@ from accelerate import Accelerator
 from engine.cli import UserError
 from engine.stop import is_out_of_memory
 
-Step = Callable[..., tuple[torch.Tensor, ...]]
+Tensors = tuple[torch.Tensor, ...]
+Step = Callable[..., Tensors]
 
-# Eager calls for each shape of the inputs before its capture, in which cuDNN chooses its algorithms
-# and the optimizer creates its state.
+# Eager calls before a shape of inputs is captured: in them cuDNN chooses its algorithms and the
+# optimizer creates its state.
 WARM_UP = 3
 
 
 def can_use_graphs(accelerator: Accelerator) -> bool:
-    """Whether a training step can be a CUDA graph: that of one process on a GPU.
+    """Whether a training step can be a CUDA graph: with one process, on a GPU.
 
     DistributedDataParallel's reducer is not captured, nor is fp16's loss scale, which skips steps.
     """
@@ -29,20 +29,14 @@ def can_use_graphs(accelerator: Accelerator) -> bool:
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Have an optimizer read its learning rate, and the steps that it counts, on the device.
+    """Make an optimizer keep its learning rate and its count of steps on the device.
 
-    A Python number would be baked into the graph at its capture. SGD then updates all weights in
-    one kernel.
+    A Python number would be baked into the graph at its capture. With `fused`, SGD updates all
+    weights in one kernel.
     """
     for group in optimizer.param_groups:
         kernels = {"capturable": True} if "capturable" in group else {"fused": True}
         group.update(kernels, foreach=False, lr=torch.tensor(float(group["lr"]), device=device))
-
-
-class _Captured(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[torch.Tensor, ...]
-    outputs: tuple[torch.Tensor, ...]
 
 
 class GraphedStep:
@@ -61,11 +55,11 @@ class GraphedStep:
     def __init__(self, step: Step) -> None:
         self.step = step
         self.calls: dict[object, int] = {}
-        self.captured: dict[object, _Captured] = {}
+        self.captured: dict[object, tuple[torch.cuda.CUDAGraph, Tensors, Tensors]] = {}
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, *inputs: torch.Tensor, **numbers: float) -> tuple[torch.Tensor, ...]:
+    def __call__(self, *inputs: torch.Tensor, **numbers: float) -> Tensors:
         key = (*((t.shape, t.dtype) for t in inputs), *sorted(numbers.items()))
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= WARM_UP:
@@ -86,7 +80,7 @@ class GraphedStep:
         if key not in self.captured:
             own = tuple(tensor.clone() for tensor in inputs)
             graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()  # the error of an earlier step is none of the capture's
+            torch.cuda.synchronize()  # an earlier step's error is not the capture's
             try:
                 # Only this thread is captured: another may be writing a checkpoint.
                 with torch.cuda.graph(
@@ -100,9 +94,9 @@ class GraphedStep:
                 raise UserError(
                     f"this step cannot become a CUDA graph ({reason}): --no-compile goes without"
                 ) from error
-            self.captured[key] = _Captured(graph, own, outputs)
-        captured = self.captured[key]
-        for own_input, given in zip(captured.inputs, inputs, strict=True):
+            self.captured[key] = graph, own, outputs
+        graph, own, outputs = self.captured[key]
+        for own_input, given in zip(own, inputs, strict=True):
             own_input.copy_(given)
-        captured.graph.replay()
-        return captured.outputs
+        graph.replay()
+        return outputs

@@ -70,7 +70,7 @@ class Sums:
         self.marked = self.total
 
     def mark(self) -> None:
-        """Begin what `read` returns beside the epoch's means."""
+        """Start anew the first of the two means that `read` returns."""
         self.marked = self.total
 
     def update(self, values: torch.Tensor, step: int) -> None:
@@ -115,7 +115,7 @@ def _keep_quiet_about_disks(problem: threading.ExceptHookArgs) -> None:
 
 
 def has_points(log_dir: Path) -> bool:
-    """Whether a run has got to the end of an epoch, which has a loss, and drawn it there."""
+    """Whether a run has drawn the end of an epoch in `log_dir`."""
     return any(b"Loss/val" in file.read_bytes() for file in log_dir.glob("events.out.tfevents.*"))
 
 
@@ -130,7 +130,7 @@ class Curves:
     def __init__(self, accelerator: Accelerator, log_dir: Path, first_epoch: int) -> None:
         self.writer, self.log_dir = None, log_dir
         if accelerator.is_main_process:
-            # Slow to import, and the main process alone needs it.
+            # Slow to import, and only the main process needs it.
             from torch.utils.tensorboard import SummaryWriter
 
             threading.excepthook = _keep_quiet_about_disks

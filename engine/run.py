@@ -39,48 +39,46 @@ PATIENCE = 30.0
 
 @dataclasses.dataclass
 class Run:
-    """Where a training is: with weights and optimizer, all that its checkpoint holds."""
+    """A training's place, settings and progress: all of its state but weights and optimizer."""
 
     accelerator: Accelerator
     latest: Path  # where the state of the run is saved
     best: Path  # where the best epoch is kept as well, in the same folder
     log_dir: Path  # of TensorBoard
-    flag: str  # which chooses `latest` and `best`
+    flag: str  # the one that chooses `latest` and `best`
     metrics: Sequence[str]  # what a training step sums, the loss first
-    figure: str  # the checkpoint's key of the figure that tells which epoch is the best
-    best_figure: float  # at the start, a value that any epoch's figure is better than
-    first_epoch: int = 0  # how the job numbers its first epoch, in lines and curves
+    figure: str  # the checkpoint's key for the figure that ranks epochs
+    best_figure: float  # starts at a value that any epoch beats
+    first_epoch: int = 0  # the number of the first epoch in lines and curves
     checkpoint_every: int = 0  # steps within an epoch; 0 for its end only
-    epoch: int = 0  # epochs that are done, and so the number, from 0, of the one under way
-    step: int = 0  # steps that are done in it
+    epoch: int = 0  # epochs that are done; also the index of the one under way
+    step: int = 0  # steps of that epoch that are done
     batches: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `resume`
-    changed: Sequence[str] = ()  # flags that differ from the checkpoint
-    measured_on: str = ""  # identifies the data that the best figure is of
-    state: dict[str, Any] = dataclasses.field(default_factory=dict)  # what only the job keeps
+    changed: Sequence[str] = ()  # flags whose values differ from the checkpoint
+    measured_on: str = ""  # identifies the data behind the best figure
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the job alone
     sums: Sums | None = None  # of the epoch under way
     graphed: bool = False  # whether its steps are replayed as CUDA graphs
     stopped: Stopped | None = None  # what ended the training before its last epoch
     resumed: Path | None = None  # the checkpoint that the run goes on from
-    theirs: Path = Path()  # where the run of that checkpoint keeps its best epoch
-    is_own: bool = False  # whether that is one of this run's own files
-    is_best: bool = False  # whether it holds the best epoch
-    has_trained: bool = False  # whether the training, not only an evaluation, has begun
-    locks: Sequence[IO[str] | None] = ()  # what keeps another run away, on the main process
-    carried: list[list[float]] | None = None  # sums of its unfinished epoch
+    theirs: Path = Path()  # the best epoch of the run that wrote `resumed`
+    is_own: bool = False  # whether `resumed` is one of `files`
+    is_best: bool = False  # whether `resumed` is itself the best epoch
+    has_trained: bool = False  # whether `training` has begun
+    locks: Sequence[IO[str] | None] = ()  # open files, on the main process
+    carried: list[list[float]] | None = None  # sums of the epoch that `resumed` has begun
     writer: Writer | None = None  # within `training`
 
     def __post_init__(self) -> None:
         self.preemption = Preemption(self.accelerator)
         self.no_figure = self.best_figure
+        self.files = self.latest, previous_of(self.latest), self.best
+        self.owner_note = self.log_dir / ".run"  # says whose curves lie in `log_dir`
 
     @property
     def number(self) -> int:
         """The epoch under way as lines and curves number it."""
         return self.epoch + self.first_epoch
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.latest, previous_of(self.latest), self.best
 
     def find(
         self,
@@ -90,22 +88,23 @@ class Run:
         outputs: Sequence[Named] = (),
         inputs: Sequence[Named] = (),
     ) -> Path | None:
-        """What `--resume` means: the path asked for; for `auto` the newest whole one, or None.
-
-        Before that all paths of the command are checked, and other runs kept away.
+        """Check all paths of the command, keep other runs away, and find what `--resume` means.
 
         Args:
             asked: `--resume`.
             outputs: files that the command writes beside those of the run.
-            inputs: files that it reads, but `asked`.
+            inputs: files that it reads beside `asked`.
+
+        Returns:
+            The path asked for; for `auto` the newest whole checkpoint, or None.
 
         Raises:
             UserError: what `check_outputs` refuses; another run that is under way here; a fresh
-                start where a run is, unless `overwrite`; another run's curves; for `auto`
-                checkpoints that are all damaged, or none, and the command evaluates.
+                start where a run is, without `overwrite`; another run's curves; `auto` where all
+                checkpoints are damaged, or where there is none to evaluate.
         """
         answer: list[Any] = [None, False]
-        # The main process decides: the others may see an older state of a network disk.
+        # The main process decides: others may see an older state of a network disk.
         if self.accelerator.is_main_process:
             try:
                 self._claim(asked, evaluates, outputs, inputs)
@@ -137,11 +136,6 @@ class Run:
         patience = PATIENCE if is_auto else 0
         self.locks = [lock(path, flag, patience) for path, flag in locks.items()]
         self._refuse_curves_of_others()
-
-    @property
-    def owner_note(self) -> Path:
-        """A file in the log folder that says whose curves lie there."""
-        return self.log_dir / ".run"
 
     def _refuse_curves_of_others(self) -> None:
         if not (self.owner_note.is_file() and has_points(self.log_dir)):
@@ -184,19 +178,19 @@ class Run:
         batches: Mapping[str, Any],
         epochs: int,
     ) -> None:
-        """Take up the run that `checkpoint` holds; one that holds only weights starts anew.
+        """Take up the run that `checkpoint` holds; weights alone start a new one.
 
         Args:
             checkpoint: empty for a new run.
             optimizer: as `prepare` returned it.
             steps: of an epoch.
-            batches: what the batches of an epoch depend on, `trained_on` for the data among them;
-                it is part of every checkpoint.
+            batches: what the batches of an epoch depend on (`trained_on` is the data); part of
+                every checkpoint.
             epochs: to train in all.
 
         Raises:
-            UserError: damaged values, a checkpoint within an epoch of other batches, or flags that
-                can change nothing, since all epochs are done.
+            UserError: damaged values; a checkpoint within an epoch of other batches; changed flags
+                when all epochs are done.
         """
         self.batches = batches
         if not checkpoint:
@@ -241,10 +235,10 @@ class Run:
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """`Accelerator.prepare`; what it returns is what `save` saves."""
+        """`Accelerator.prepare`, and keep what it returns for `save`."""
         set_patience(ANSWER_WITHIN)  # downloads and decoding are done
         with warnings.catch_warnings():
-            # Torch 2.15 has another name for it, which 2.11 and Accelerate do not know.
+            # Torch 2.15 has renamed it; 2.11 and Accelerate do not know the new name.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         return self.model, self.optimizer
@@ -272,7 +266,7 @@ class Run:
             self.writer = None
 
     def _carry_best(self) -> None:
-        """Take the best epoch so far along when the run goes on from another place."""
+        """When the run goes on from another place, take its best epoch along."""
         if self.resumed is None or self.is_own:
             return
         if self.is_best:
@@ -283,7 +277,7 @@ class Run:
             with writing(self.best) as temporary:
                 shutil.copyfile(self.theirs, temporary)
         else:
-            self.best.unlink(missing_ok=True)  # of another run, which --overwrite replaces
+            self.best.unlink(missing_ok=True)  # another run's, which --overwrite replaces
             if self.has_best:
                 print(
                     f"=> {self.resumed} is without its best epoch: {self.best} takes a better one"
@@ -304,8 +298,8 @@ class Run:
         return all(found.get(name) == value for name, value in wanted.items())
 
     def is_better(self, figure: float) -> bool:
-        """Whether an epoch of this figure is the best so far: a first one, or the better of two."""
-        rises = self.no_figure < 0  # of an accuracy, where a loss begins at infinity
+        """Whether an epoch of this figure is the best so far."""
+        rises = self.no_figure < 0  # an accuracy starts at -1, a loss at infinity
         return figure > self.best_figure if rises else figure < self.best_figure
 
     def epochs(self, count: int) -> Iterator[int]:
@@ -316,15 +310,15 @@ class Run:
             yield self.epoch
 
     def set_learning_rate(self, lr: float) -> None:
-        """The rate of the steps that follow: for an epoch, or called before any step."""
+        """Set the learning rate of the steps that follow."""
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):  # which a CUDA graph reads
+            if isinstance(group["lr"], torch.Tensor):  # a CUDA graph reads it
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
 
     def begin_epoch(self, steps: int) -> Sums:
-        """The sums of an epoch of `steps`: empty, or as they were where the epoch is taken up."""
+        """New sums for an epoch of `steps` steps, or those of the epoch that is taken up."""
         self.steps = steps
         self.sums = Sums(self.accelerator, self.metrics, self.number, self.carried)
         self.carried = None
@@ -339,14 +333,14 @@ class Run:
         self.check()
 
     def check(self, is_last: bool = False) -> None:
-        """Where a run can end: all processes call this after every step, of validation too.
+        """Stop if a signal came; all processes call this after every step, of validation too.
 
         Args:
-            is_last: whether no other call follows in which to stop.
+            is_last: whether no other call follows.
 
         Raises:
-            Stopped: when a signal came to any of them, in training once a checkpoint is on the
-                disk. After that `check` does nothing, so that a command can test its best model.
+            Stopped: a signal came to any process; in training, a checkpoint is on the disk by
+                then. Later calls do nothing, so that a command can test its best model.
         """
         if self.writer is not None:
             self.writer.check()
@@ -366,7 +360,7 @@ class Run:
                 self.accelerator.print(
                     f"=> epoch {self.epoch}, step {self.step}: saved to {self.latest}"
                 )
-            # After a training that has ended, too: --resume auto finds it, and goes on from there.
+            # True after the last epoch, too: --resume auto goes on from the file.
             stopped.is_saved = self.has_trained and self.latest.is_file()
             raise
 
@@ -384,7 +378,7 @@ class Run:
     def _refuse_overflow(self) -> None:
         """Raise `UserError` before weights are saved that are not finite.
 
-        If an update overflows, the loss of that same step is still finite.
+        The weights are looked at as well: the step whose update overflows has a finite loss.
         """
         if self.sums is not None:
             self.sums.read()
@@ -393,11 +387,11 @@ class Run:
             raise diverged(self.number, self.step - 1)
 
     def end_of_epoch(self, scalars: Mapping[str, float], figure: float) -> None:
-        """Report the epoch, which is then done, and save the run, also as the best one so far.
+        """Draw the curves, count the epoch as done, and save the run, also as the best one so far.
 
         Args:
             scalars: TensorBoard's tags and the epoch's figures, `Loss/val` among them.
-            figure: what tells whether it is the best.
+            figure: ranks the epoch.
 
         Raises:
             UserError: when the validation loss is not finite; nothing is saved.

@@ -21,7 +21,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def seed_generators(device: torch.device, *parts: int | str) -> None:
-    """Seed torch's generators by `derive_seed`: torch.manual_seed without what it costs a step."""
+    """Seed torch's generators by `derive_seed`; torch.manual_seed would take longer."""
     seed = derive_seed(*parts)
     if device.type not in ("cpu", "cuda"):
         torch.manual_seed(seed)
@@ -44,7 +44,7 @@ def agree_on_seed(accelerator: Accelerator, seed: int | None) -> int:
 def use_deterministic_kernels(accelerator: Accelerator, deterministic: bool) -> None:
     """Choose a GPU's kernels as the original does: repeatable with a seed, else the fastest.
 
-    Before `Accelerator.prepare`.
+    To be called before `Accelerator.prepare`.
     """
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
@@ -53,8 +53,8 @@ def use_deterministic_kernels(accelerator: Accelerator, deterministic: bool) -> 
     # them, unless it looks for unused parameters. Without that a resumed run ends with other bits.
     accelerator.ddp_handler.find_unused_parameters = is_cpu or deterministic
     if accelerator.device.type == "cuda":
-        # The backward passes of all fused kernels for attention add up in the order in which their
-        # blocks happen to end, once a sequence needs several blocks. A CPU's do not.
+        # On a GPU the fused attention kernels' backward passes sum the blocks of a long sequence in
+        # no fixed order.
         torch.backends.cuda.enable_flash_sdp(not deterministic)
         torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)
         torch.backends.cuda.enable_cudnn_sdp(not deterministic)

@@ -76,8 +76,8 @@ def draw_crops(n: int, height: int, width: int, generator: torch.Generator) -> C
 def resized_crop(images: torch.Tensor, crops: Crops, size: int) -> torch.Tensor:
     """Crop, resize to `size` × `size` and flip every image by its own box.
 
-    Bilinear. When crops can only be enlarged, the result is that of torchvision's resized_crop;
-    when they may shrink, the mean of several points a pixel comes close to its antialiasing.
+    Bilinear. Where crops can only be enlarged, the result is that of torchvision's resized_crop.
+    Where they may shrink, the mean of several points a pixel comes close to its antialiasing.
 
     Args:
         images: [n, 3, height, width], uint8.

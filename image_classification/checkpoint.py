@@ -14,7 +14,7 @@ from torch import nn
 from engine import checkpoints
 from engine.checkpoints import Checkpoint
 from engine.cli import ArgumentParser, UserError
-from image_classification.model import ARCHITECTURES, build_model, check_architecture
+from image_classification.model import ARCHITECTURES, build_model
 from image_classification.settings import (
     DEFAULT,
     MODEL_SETTINGS,
@@ -24,9 +24,7 @@ from image_classification.settings import (
     has_stem,
 )
 
-LARGEST_SIZE = 4096  # pixels a side, of an image size that is not asked for by a flag
-
-
+LARGEST_SIZE = 4096  # pixels a side; a larger image_size in a file is damage
 # The last layers of torchvision's models.
 HEAD = re.compile(r"(fc|heads?|classifier)\.")
 # How torchvision's DenseNets were called before torch 0.4: norm.1.weight for norm1.weight.
@@ -44,7 +42,7 @@ def load(path: Path) -> Checkpoint:
         raise checkpoint.error(f"holds the language model {checkpoint.get('model')}, no classifier")
     state = checkpoint["state_dict"]
     if not any(map(HEAD.match, state)):
-        # Lightning's names: those of the module's attributes, a loss with weights among them.
+        # Lightning's names begin with an attribute: the model's, or that of a loss with weights.
         owners = {name.partition(".")[0] for name in state}
         models = [owner for owner in owners if any(HEAD.match(n, len(owner) + 1) for n in state)]
         if len(models) != 1:
@@ -63,7 +61,7 @@ def load(path: Path) -> Checkpoint:
 def read_spec(checkpoint: Checkpoint, arch: str | None, stem: str | None) -> ModelSpec:
     """What model a checkpoint holds: its own keys, else flags, else the defaults.
 
-    A checkpoint of the original or a bare state dict has no stem; torchvision's own is meant.
+    For a checkpoint without a stem, as the original's, torchvision's own is the default.
 
     Raises:
         UserError: keys of the wrong type or an architecture that torchvision does not have.
@@ -72,7 +70,6 @@ def read_spec(checkpoint: Checkpoint, arch: str | None, stem: str | None) -> Mod
     if own and own not in ARCHITECTURES:
         raise checkpoint.error(f"is a {own}, which torchvision does not have")
     arch = own or arch or DEFAULT.arch
-    check_architecture(arch)
     stem = (checkpoint.value("stem", str) or stem or "stock") if has_stem(arch) else None
     if stem not in (None, *STEMS):
         raise checkpoint.error(f"unknown stem {stem!r}: damaged")
@@ -83,8 +80,7 @@ def read_spec(checkpoint: Checkpoint, arch: str | None, stem: str | None) -> Mod
 
 
 def _head(state: Iterable[str]) -> str:
-    """The name of the last layer; a file may have its tensors in any order."""
-    # Of a classifier with several layers the one with the highest number.
+    """The name of the last layer: of several in the head, the one with the highest number."""
     names = filter(HEAD.match, state)
     last = max(names, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
     return last.rpartition(".")[0]
@@ -107,14 +103,14 @@ def load_weights(
         new_head: keep the model's own head, for other classes.
 
     Returns:
-        The names that keep their own values.
+        The names that keep the model's own values.
 
     Raises:
         UserError: when its names or shapes are not those of the model.
     """
     own = model.state_dict()
     kept = [name for name in own if new_head and name.startswith(f"{_head(own)}.")]
-    # torch before 0.4.1 did not count batches, which no figure depends on.
+    # torch before 0.4.1 did not count batches, and no figure depends on the count.
     state = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
     # googlenet and inception_v3 are built without their auxiliary heads.
     state |= {
@@ -175,7 +171,7 @@ def settle(
         found = read_spec(args.origin, args.arch, args.stem)._asdict()
         found["image_size"] = args.origin.get("image_size")
     asked_stem, asked_size = args.stem, args.image_size
-    # A run has its seed from the beginning; an evaluation draws nothing.
+    # A run keeps its seed; an evaluation draws nothing.
     fixed = MODEL_SETTINGS if args.evaluate else (*MODEL_SETTINGS, "seed")
     anew = ", or begin anew (--overwrite, or another --output-dir)"
     changed = parser.settle(
@@ -216,7 +212,7 @@ def settle(
 def _read_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """The settings that a checkpoint holds.
 
-    In a checkpoint of the original, learning rate, momentum and weight decay are the optimizer's.
+    The original's has learning rate, momentum and weight decay in its optimizer.
     """
     optimizer = checkpoint.value("optimizer", dict) or {"param_groups": [{}]}
     try:

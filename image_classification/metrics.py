@@ -48,8 +48,8 @@ def summary(means: Means) -> str:
 class Progress:
     """The original's line every `print_freq` steps, and a tqdm bar when on a terminal.
 
-    Iterate over `steps(batches)` and call `tick` at the end of the loop's body: what lies between
-    is "Time", what the loop waits for its batch is "Data".
+    Iterate over `steps(batches)` and call `tick` at the end of the loop's body. "Time" is that of
+    the whole step, "Data" what the loop waits for its batch.
     """
 
     def __init__(
@@ -67,8 +67,7 @@ class Progress:
         self.start, self.show_data = start, show_data
         self.time = self.time_sum = self.data = self.data_sum = 0.0  # seconds
         self.count = self.images = 0
-        # The steps under way on a GPU, of which there are at most two. Otherwise the time that a
-        # full queue keeps the loop waiting would be counted as "Data".
+        # The steps under way on a GPU, at most two: waiting for a full queue would count as "Data".
         self.on_gpu = accelerator.device.type == "cuda"
         self.under_way: collections.deque[torch.cuda.Event] = collections.deque()
 
@@ -118,14 +117,13 @@ class Progress:
         """Print the line of `step`: its own figures, and in parentheses those of the epoch."""
         if not self.main:
             return
-        width, n = len(str(self.total)), max(self.count, 1)
+        width, n = len(str(self.total)), self.count
         entries = [
             f"{self.prefix}[{step + 1:{width}d}/{self.total}]",
             f"Time {self.time:6.3f} ({self.time_sum / n:6.3f})",
-            f"Data {self.data:6.3f} ({self.data_sum / n:6.3f})",
         ]
-        if not self.show_data:
-            del entries[2]
+        if self.show_data:
+            entries.append(f"Data {self.data:6.3f} ({self.data_sum / n:6.3f})")
         entries += [f"{name} {last[name]:{f}} ({total[name]:{f}})" for name, f in METRICS.items()]
         self.bar.set_postfix_str(
             f"loss {total['Loss']:.3f}, acc@1 {total['Acc@1']:.2f}, {self.rate():.0f} images/s"

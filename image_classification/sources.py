@@ -37,11 +37,9 @@ SAMPLE_TRAIN, SAMPLE_VAL = 250, 50  # images a class
 SIDE = 64
 CANVAS = 2 * SIDE  # drawn at twice the size and reduced, for smooth edges
 
-Point = tuple[float, float]
-
 
 def resolve(name: str, download: bool) -> Path:
-    """The folder that the argument DIR names, made first when the kit can make it.
+    """The folder that the argument DIR names, which is made if the kit can make it.
 
     `sample` is drawn. Tiny-ImageNet's default folder is unpacked from an archive beside it, which
     is downloaded when it is missing.
@@ -145,7 +143,7 @@ def _shape(word: str, rng: random.Random) -> Image.Image:
     mask = Image.new("1", (CANVAS, CANVAS))
     draw = ImageDraw.Draw(mask)
 
-    def at(distance: float, turn: float) -> Point:
+    def at(distance: float, turn: float) -> tuple[float, float]:
         """The point at `distance` radii from the centre, `turn` turns from the shape's angle."""
         phi = angle + 2 * math.pi * turn
         return cx + radius * distance * math.cos(phi), cy + radius * distance * math.sin(phi)

@@ -1,9 +1,11 @@
 """Files are whole or absent, downloads are verified, archives stay in their folder."""
 
+import errno
 import hashlib
 import http.server
 import os
 import random
+import stat
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -99,6 +101,19 @@ def test_writing_makes_the_folder_and_names_what_cannot_be_written(tmp_path: Pat
         raise OSError(28, "No space left on device")
     assert path.read_text() == "whole"
     assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_file_system_may_be_unable_to_synchronise_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with files.writing(tmp_path / "file") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "file").read_text() == "whole"
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_command_is_read_in_one_sitting(command: str) -> None:
 def test_a_training_tells_its_story_in_order(command: str) -> None:
     source = (KIT / f"{command}.py").read_text()
     build = source[source.index("def build(") :]
-    story = ("build_model(", "torch.optim.", "run.prepare(", "run.resume(", "run.epochs(")
+    story = ("build_model(", "= torch.optim.", "run.prepare(", "run.resume(", "run.epochs(")
     places = [build.index(call) for call in story]
     assert places == sorted(places)
 

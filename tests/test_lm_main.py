@@ -370,7 +370,7 @@ def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result])
         "bare.pt": "names no model and vocabulary",
         "code.pt": "holds a pickled module, which is code",
         damage(best, "1.pt", model="BERT"): "unknown model 'BERT': damaged",
-        damage(best, "2.pt", model=3): "model is a int: damaged",
+        damage(best, "2.pt", model=3): "unknown model 3: damaged",
         damage(best, "3.pt", model="GRU"): "rnn.weight_ih_l0 has shape (32, 8) instead of (24, 8)",
         damage(best, "4.pt", model="Transformer"): "lacks input_emb.weight: not a Transformer",
         damage(best, "13.pt", model="CNN"): "lacks layers.0.weight: not a CNN",

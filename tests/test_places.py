@@ -136,16 +136,16 @@ def test_no_two_names_share_a_file() -> None:
     assert beside(Path("model.pt")) == (Path("model.checkpoint.pt"), Path("model.logs"))
 
 
-@pytest.mark.parametrize("source", ["model.pt", "model.checkpoint.pt", "c/alone.pt"])
+@pytest.mark.parametrize("source", ["model.pt", "model.checkpoint.pt", "alone/c.pt"])
 def test_a_run_that_goes_on_elsewhere_takes_its_best_epoch_along(source: str, folder: Path) -> None:
-    (folder / "c").mkdir()
-    shutil.copy(folder / "model.checkpoint.pt", folder / "c" / "alone.pt")
+    (folder / "alone").mkdir()
+    shutil.copy(folder / "model.checkpoint.pt", folder / "alone" / "c.pt")
     best = read(folder / "model.pt")
     away = ("--resume", source, "--save", "b/model.pt", "--lr", 1e4)
     result = lm(folder, 3, *away)
     assert result.code == 0, result
-    if source == "c/alone.pt":  # whose best epoch is nowhere, and no later one is better
-        assert "=> c/alone.pt is without its best epoch: b/model.pt takes a better" in result.out
+    if source == "alone/c.pt":  # its best epoch is nowhere, and no later one is better
+        assert "=> alone/c.pt is without its best epoch: b/model.pt takes a better" in result.out
         assert "b/model.pt does not hold this run's best weights: testing the last" in result.out
         assert not (folder / "b" / "model.pt").exists()
         return
@@ -357,7 +357,7 @@ def test_without_a_temporary_folder_only_what_needs_one_says_so(trained: Path) -
 
 
 def test_a_run_without_a_folder_is_named_by_what_it_runs_on(tmp_path: Path) -> None:
-    torch.save({"arch": "resnet34", "state_dict": {"fc.w": torch.zeros(1)}}, tmp_path / "of.pth")
+    torch.save({"arch": "resnet34", "state_dict": {"fc.b": torch.zeros(1)}}, tmp_path / "of.pth")
     for arch, resume, evaluate, device, processes, name in (
         (None, None, False, "cpu", 1, "resnet18-cpu"),
         ("resnet50", tmp_path / "of.pth", False, "cpu", 4, "resnet50-cpu4"),

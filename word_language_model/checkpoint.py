@@ -1,4 +1,4 @@
-"""Checkpoints of word language models: what is in them is checked before it is used."""
+"""Checkpoints of word language models, whose content is checked before it is used."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def load_weights(model: LanguageModel, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: when their names or shapes are not those of the model.
     """
-    # A table of sines in the original's state dict.
+    # The original's state dict has a table of sines.
     state = {k: v for k, v in checkpoint["state_dict"].items() if k != "pos_encoder.pe"}
     checkpoint.load_state(model, state, f"a {checkpoint['model']} of lm_main.py")
 
@@ -125,7 +125,7 @@ def settle(
             **{name: checkpoint.get(name) for name in SETTINGS},
             **read_spec(checkpoint)._asdict(),
         }
-    # A run has its seed from the beginning; an evaluation draws nothing.
+    # A run keeps its seed; an evaluation draws nothing.
     fixed = MODEL_SETTINGS if args.evaluate else (*MODEL_SETTINGS, "seed")
     anew = "" if args.evaluate else ", or begin anew (--overwrite, or another --save)"
     changed = parser.settle(

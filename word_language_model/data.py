@@ -45,26 +45,21 @@ class Corpus(NamedTuple):
 
 
 def corpus_files(name: str) -> list[Named]:
-    """What may be read of the corpus that --data names."""
+    """The files that may be read of the corpus that --data names."""
     root = files.built_in(SAMPLE) if name == "sample" else Path(name)
     names = (name for part in WIKITEXT_FILES for name in (f"{part}.txt", f"wiki.{part}.tokens"))
     return [("--data", root / name) for name in names]
 
 
 def load_corpus(name: str) -> Corpus:
-    """Tokenise the corpus that --data names: 0.7 s for WikiText-2.
+    """Tokenise the corpus that --data names, which is downloaded or made if the kit can.
+
+    Words are what white space separates, and every line ends with one more, `<eos>`. They are
+    numbered in the order of their first appearance. WikiText-2 takes 0.7 s.
 
     Raises:
-        UserError: see `find` and `tokenise`.
-    """
-    return tokenise(find(name))
-
-
-def find(name: str) -> list[Path]:
-    """The files of the parts train, valid and test; downloaded or made where the kit can.
-
-    Raises:
-        UserError: a missing folder or file, or a failed download.
+        UserError: a missing folder or file; a failed download; a file that is empty, unreadable or
+            not UTF-8 (its byte is named).
     """
     root = Path(name)
     if name == "sample":
@@ -74,7 +69,15 @@ def find(name: str) -> list[Path]:
     if not root.is_dir() and root != WIKITEXT:
         what = "is a file, not a folder" if root.exists() else "no such folder"
         raise UserError(f"corpus {root}: {what} (try --data sample, the built-in one)")
-    return [_find_part(root, part) for part in WIKITEXT_FILES]
+    numbers: dict[str, int] = {}
+    parts = []
+    for path in [_find_part(root, part) for part in WIKITEXT_FILES]:
+        words = _read(path).replace("\n", f" {END} ").split()
+        for word in dict.fromkeys(words):
+            numbers.setdefault(word, len(numbers))
+        tokens = array.array("q", map(numbers.__getitem__, words))
+        parts.append(torch.frombuffer(tokens, dtype=torch.int64))  # a list would take twice as long
+    return Corpus(root, list(numbers), *parts)
 
 
 def _find_part(root: Path, part: str) -> Path:
@@ -118,29 +121,10 @@ def write_sample(root: Path) -> None:
             start = stop
 
 
-def tokenise(paths: list[Path]) -> Corpus:
-    """Number the words of train, valid and test in the order of their first appearance.
-
-    Words are what white space separates, and every line ends with one more, `<eos>`.
-
-    Raises:
-        UserError: a file that is empty, unreadable or not UTF-8 (its byte is named).
-    """
-    numbers: dict[str, int] = {}
-    parts = []
-    for path in paths:
-        words = _read(path).replace("\n", f" {END} ").split()
-        for word in dict.fromkeys(words):
-            numbers.setdefault(word, len(numbers))
-        tokens = array.array("q", map(numbers.__getitem__, words))
-        parts.append(torch.frombuffer(tokens, dtype=torch.int64))  # a list would take twice as long
-    return Corpus(paths[0].parent, list(numbers), *parts)
-
-
 def _read(path: Path) -> str:
-    """The text of a file, each line of it ended by \\n where the file has \\r\\n or \\r, too."""
+    """The text of a file, every line ended by \\n; the file may have \\r\\n or \\r."""
     try:
-        # Decoded at once: a stream counts a bad byte's place from its last buffer.
+        # Decoded at once: a stream would count a bad byte's place from its last buffer.
         text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")  # a byte-order mark
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error

@@ -43,15 +43,14 @@ class _Exported(nn.Module):
 def export_onnx(model: LanguageModel, path: Path, bptt: int) -> None:
     """Write `model` as ONNX, for any number of words and columns.
 
-    Of RNN_TANH and RNN_RELU the number of words is `bptt`, since torch's exporter unrolls them.
+    RNN_TANH and RNN_RELU take exactly `bptt` words, since torch's exporter unrolls them.
     Weights above 1.5 GB are put into a second file (see `onnx_files`).
 
-    Inputs: tokens [t, columns], and of an RNN hidden [nlayers, columns, nhid], of an LSTM cell as
-        well.
+    Inputs: tokens [t, columns]; an RNN also has hidden [nlayers, columns, nhid], an LSTM cell, too.
     Outputs: log-probabilities [t, columns, words], and the hidden state after the words.
     """
     is_unrolled = any(type(module) is nn.RNN for module in model.modules())
-    # Not 1 of each, which the exporter would take for a fixed size.
+    # Two of each: the exporter would take 1 for a fixed size.
     tokens = torch.zeros(bptt if is_unrolled else 2, 2, dtype=torch.int64)
     hidden = model.initial_hidden(2)
     names = ["hidden", "cell"][: len(hidden)]
@@ -61,7 +60,7 @@ def export_onnx(model: LanguageModel, path: Path, bptt: int) -> None:
     real = Path(os.path.realpath(path))
     with writing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
-        # The model names the second file, which therefore has its name from the start.
+        # The model names its second file, so the file has its final name from the start.
         temporary.mkdir()
         torch.onnx.export(
             _Exported(model).eval(),

@@ -90,10 +90,10 @@ class _CachedLoss(torch.autograd.Function):
                     losses[part, None] = -chosen.log()
                 else:  # a likelihood so small has fewer digits, or is zero
                     losses[part] = F.cross_entropy(logits, targets[part], reduction="none")
-                # -1 is exact. -1 / rows would be rounded, and in every row alike.
+                # -1 is exact. -1 / rows would be rounded, the same way in every row.
                 matrix[part] = likelihood.scatter_(1, word, -1.0, reduce="add")
         ctx.save_for_backward(features, weight, matrix)
-        # As F.cross_entropy sums them, to the bit.
+        # Sums them as F.cross_entropy does, to the bit.
         return F.nll_loss(-losses[:, None], torch.zeros_like(targets))
 
     @staticmethod

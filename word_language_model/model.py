@@ -21,7 +21,7 @@ from word_language_model.settings import MAX_POSITIONS, ModelSpec
 
 INIT_RANGE = 0.1
 
-# One layer of several is not the chunk of weights that cuDNN would like best; it is copied.
+# cuDNN wants all weights in one chunk, and copies them when a single layer of several is called.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous")
 
 # What a model remembers between segments, each [nlayers, columns, nhid]: (h,) for RNNs and GRU,
@@ -39,7 +39,7 @@ class LanguageModel(nn.Module, abc.ABC):
     decoder: nn.Linear
     # How many of the last words a prediction can depend on; 0 where the layers set no limit.
     receptive_field: int = 0
-    # Whether it learns what a place in a segment means, and so only those up to --bptt.
+    # Whether it learns what each position in a segment means, and so only those below --bptt.
     has_positions = False
 
     @classmethod
@@ -60,7 +60,7 @@ class LanguageModel(nn.Module, abc.ABC):
         return features[-1], hidden
 
     def initial_hidden(self, columns: int) -> Hidden:
-        """What a model remembers before its first word: zeros; here, nothing."""
+        """What a model remembers before its first word: nothing, or an RNN's zeros."""
         return ()
 
     def forward(
@@ -181,8 +181,8 @@ class TransformerModel(LanguageModel):
         super().__init__()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about nested tensors, which nothing here uses
-            # The original inherits from nn.Transformer and replaces its decoder. That one's
-            # weights are drawn all the same, between those that it keeps, so they are here too.
+            # The original inherits from nn.Transformer and replaces its decoder. The replaced
+            # decoder's weights are drawn all the same, and so they are here.
             self.encoder = nn.Transformer(
                 spec.emsize,
                 spec.nhead,
@@ -224,7 +224,7 @@ class TransformerModel(LanguageModel):
 def _layer_output(layer: Any, x: torch.Tensor, positions: int) -> torch.Tensor:
     """The last `positions` of an encoder layer's output for [t, columns, size]; without dropout.
 
-    For a single text, a fifth of the layer's own time is checks and copies.
+    The layer's own forward spends a fifth of its time, on a single text, in checks and copies.
     """
     attention, last = layer.self_attn, x[-positions:]
     query, key, value = (
@@ -242,9 +242,9 @@ def _layer_output(layer: Any, x: torch.Tensor, positions: int) -> torch.Tensor:
 class ConvolutionalModel(LanguageModel):
     """Embedding, gated causal convolutions, decoder (Dauphin et al. 2017).
 
-    A layer sees the `kernel_size` positions up to its own, zeros before the first one, and adds a
-    linear convolution times the sigmoid of another to its input, where both have the same size.
-    Like the Transformer it reads every segment by itself.
+    A layer sees the `kernel_size` positions up to its own, and zeros before the first one. It
+    multiplies a linear convolution by the sigmoid of another, and adds the product to its input
+    where both have the same size. Like the Transformer, the model reads every segment by itself.
     """
 
     def __init__(self, spec: ModelSpec, dropout: float, layer_dropout: float) -> None:
@@ -274,7 +274,7 @@ class ConvolutionalModel(LanguageModel):
         return self.drop(x.permute(2, 0, 1)), hidden
 
     def last_features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
-        """What lies before the receptive field changes nothing, and is not read."""
+        """Reads the receptive field alone: what lies before it changes nothing."""
         return super().last_features(tokens[-self.receptive_field :], hidden)
 
 
