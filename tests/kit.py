@@ -1,4 +1,4 @@
-"""Running the kit's scripts and making datasets for them."""
+"""Running the kit's scripts, making datasets for them, and comparing what they leave."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 KIT = Path(__file__).resolve().parent.parent
 REAL_DATA = KIT.parent / "shared" / "data"
 PROBE = {"PYTHONPATH": str(KIT)}  # the environment of a script in tests/
 PATIENCE = 240.0  # seconds that a process may take, on a busy machine as well
+STOPPED = 75  # the exit code of a run that a signal has stopped
+MEASURED = "Throughput/train"  # the only thing of a run that is no function of its arguments
 
 # A server that has imported torch and forks: each script below is a process of its own, with its
 # own exit code and streams, without the seconds that the import takes.
@@ -56,11 +62,17 @@ class Running:
         arguments = (self.argv, cwd, env, streams or (self.out, self.err))
         self.process = _context.Process(target=_enter, args=arguments)
         self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Wait until `condition` holds, which has to come before the process ends."""
+        wait_for(lambda: condition() or self.process.exitcode is not None)
+        assert condition(), self.finish()
 
     def finish(self) -> Result:
         self.process.join(PATIENCE)
         if self.process.exitcode is None:
-            self.process.kill()
             raise TimeoutError(f"{self.argv} hangs: {self.out.read_text()}{self.err.read_text()}")
         return Result(self.process.exitcode, self.out.read_text(), self.err.read_text())
 
@@ -98,15 +110,17 @@ def _enter(
 
 
 class Launched:
-    """`accelerate launch` with a YAML of the kit, as a user types it; a script and its flags."""
+    """A script and its flags, as a user types it: with a YAML of the kit, or plainly for None."""
 
     def __init__(
-        self, config: str, *args: object, cwd: Path, env: dict[str, str] | None = None
+        self, config: str | None, *args: object, cwd: Path, env: dict[str, str] | None = None
     ) -> None:
         script, *flags = map(str, args)
-        command = [sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--config_file", str(KIT / "accelerate_configs" / config)]
-        command += ["--main_process_port", "0", str(KIT / script), *flags]
+        command = [sys.executable]
+        if config is not None:
+            command += ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+            command += ["--config_file", str(KIT / "accelerate_configs" / config)]
+        command += [str(KIT / script), *flags]
         self.process = subprocess.Popen(
             command,
             cwd=cwd,
@@ -115,17 +129,22 @@ class Launched:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.pid = self.process.pid
 
     def finish(self) -> Result:
-        try:
-            out, err = self.process.communicate(timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.terminate()  # a launcher takes its processes along
-            raise
+        """Wait for the launcher and for its processes, which share its streams."""
+        out, err = self.process.communicate(timeout=PATIENCE)
         return Result(self.process.returncode, out, err)
 
 
-def children(pid: int | None) -> list[int]:
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def children(pid: int) -> list[int]:
     """The pids of a process's own: what a launcher launched, a DataLoader's workers."""
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
@@ -142,6 +161,50 @@ def error_line(result: Result) -> str:
     assert len(lines) == 1, result
     assert ": error: " in lines[0]
     return lines[0]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    return content
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every TensorBoard curve of a folder, as TensorBoard shows it."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+def differences(one: object, other: object, where: str = "") -> Iterator[str]:
+    """The places where two checkpoints, or parts of them, do not have the same bits."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            yield where
+    elif isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in {**one, **other}:
+            yield from differences(one.get(key), other.get(key), f"{where}/{key}")
+    elif isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        if len(one) != len(other):
+            yield where
+        for number, pair in enumerate(zip(one, other, strict=False)):
+            yield from differences(*pair, f"{where}/{number}")
+    elif type(one) is not type(other) or one != other:
+        yield where
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """Where two runs differ: their latest checkpoints, which are named, and the curves beside."""
+    logs = [path.with_name(path.stem.replace("checkpoint", "logs")) for path in (one, other)]
+    curves = [scalars(folder) for folder in logs]
+    for curve in curves:
+        curve.pop(MEASURED, None)
+    return [*differences(read(one), read(other)), *differences(curves[0], curves[1], "curve ")]
+
+
+def same_bits(one: Path, other: Path) -> None:
+    assert differing(one, other) == []
 
 
 def image(seed: object, side: int = 64, mode: str = "RGB") -> Image.Image:

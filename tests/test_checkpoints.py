@@ -30,14 +30,6 @@ class Malicious:
         return os.mkdir, (str(self.marker),)
 
 
-def test_a_round_trip(tmp_path: Path) -> None:
-    checkpoints.save(STATE, tmp_path / "new" / "a.pth", tmp_path / "new" / "best.pth")
-    for name in ("a.pth", "best.pth"):
-        loaded = checkpoints.load(tmp_path / "new" / name)
-        assert torch.equal(loaded["state_dict"]["weight"], STATE["state_dict"]["weight"])
-    assert len(list((tmp_path / "new").iterdir())) == 2
-
-
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
     for content in (Malicious(marker), {"state_dict": {"a": Malicious(marker)}}):
@@ -103,12 +95,13 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path: Path) -> None:
             checkpoints.load(tmp_path / name)
 
 
-def test_cut_and_foreign_files_are_refused(tmp_path: Path) -> None:
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
-    checkpoints.save(STATE, path)
-    whole = path.read_bytes()
-    cuts = [whole[: len(whole) // 2], whole[:10], b"", b"not a checkpoint", whole[-500:]]
-    for content in (*cuts, *(random.Random(n).randbytes(40) for n in range(200))):
+    for content in (
+        b"",
+        b"not a checkpoint",
+        *(random.Random(n).randbytes(40) for n in range(200)),
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.pth: "):
             checkpoints.load(path)
@@ -128,6 +121,7 @@ def test_every_flipped_bit_and_every_cut_is_found_or_harmless(tmp_path: Path) ->
     path = tmp_path / "a.pth"
     state = {"weight": torch.arange(40.0), "bias": torch.ones(3)}
     checkpoints.save({"epoch": 1, "state_dict": state}, path)
+    assert list(tmp_path.iterdir()) == [path]
     whole = path.read_bytes()
     rng = random.Random(0)
     found = 0

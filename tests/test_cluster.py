@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from chaos import scalars
-from kit import make_corpus, make_dataset, run
+from kit import make_corpus, make_dataset, run, same_bits, scalars
 from slurm import Job, Slurm, missing, wait_for
 from test_lm_main import EPOCH
-from test_preemption import same_bits
 from test_resnet_main import SUMMARY
 
 pytestmark = [
@@ -100,7 +98,7 @@ def test_a_job_warned_and_then_preempted_ends_with_the_bits_of_an_undisturbed_on
         r"=> loaded checkpoint '\S+' \(epoch (\d+), step (\d+)\)", job.output()
     )
     assert len(stopped) == 2, job.describe()
-    same_bits(tmp_path, undisturbed, "model.checkpoint.pt", "model.logs")
+    same_bits(tmp_path / "model.checkpoint.pt", undisturbed / "model.checkpoint.pt")
 
 
 def test_a_warning_while_python_starts_is_kept(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
@@ -164,4 +162,4 @@ def test_two_jobs_on_one_node_do_not_collide(slurm: Slurm, corpus: Path, tmp_pat
         job.wait_for_output("end of epoch   1")
     assert [job["JobState"] for job in jobs] == ["RUNNING", "RUNNING"]
     assert [job.wait_for_end() for job in jobs] == ["COMPLETED", "COMPLETED"], jobs[0].describe()
-    same_bits(tmp_path / "a", tmp_path / "b", "model.checkpoint.pt", "model.logs")
+    same_bits(tmp_path / "a" / "model.checkpoint.pt", tmp_path / "b" / "model.checkpoint.pt")

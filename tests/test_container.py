@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from kit import KIT, PATIENCE, make_corpus, run
+from kit import KIT, PATIENCE, make_corpus, run, same_bits
 from slurm import wait_for
 from test_lm_main import END
-from test_preemption import same_bits
 
 SMALL = ("--emsize", "8", "--nhid", "8", "--batch_size", "4", "--bptt", "5")
 
@@ -59,7 +58,7 @@ def test_a_container_is_stopped_started_again_and_ends_with_the_bits_of_one_run(
 
     assert run("lm_main.py", "--data", "set", *flags, cwd=tmp_path).code == 0
     (tmp_path / "output" / "logs" / "lm_main").rename(tmp_path / "output" / "model.logs")
-    same_bits(tmp_path, tmp_path / "output", "model.checkpoint.pt", "model.logs")
+    same_bits(tmp_path / "model.checkpoint.pt", tmp_path / "output" / "model.checkpoint.pt")
     assert list((tmp_path / "home").iterdir()) == []
 
 

@@ -10,8 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from chaos import MEASURED, differences, read, scalars
-from kit import Running, launch, make_corpus, make_dataset, run
+from kit import (
+    MEASURED,
+    Running,
+    differences,
+    launch,
+    make_corpus,
+    make_dataset,
+    read,
+    run,
+    scalars,
+)
 from torch import nn
 
 import resnet_main

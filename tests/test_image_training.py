@@ -7,14 +7,14 @@ from sample to sample and from epoch to epoch is a test of its own.
 import itertools
 import math
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from chaos import read, scalars
-from kit import PROBE, image, make_dataset, run
+from kit import PROBE, image, make_dataset, read, run, scalars
 from process_probe import small_model
 from torch import nn
 from torch.nn import functional as F
@@ -236,7 +236,7 @@ def test_throughput_counts_images_and_is_nothing_without_a_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seconds = itertools.count()  # each look at the clock is one later
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
     progress = metrics.Progress(build_accelerator(), "", 2, 10)
     assert progress.rate() is None
     for step, images in progress.steps([8, 2]):

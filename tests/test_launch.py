@@ -73,23 +73,26 @@ def test_every_cpu_trains_in_both_precisions_and_hears_of_the_faster(
     assert warning == (not known & {"avx512bw", "avx_ne_convert"} and config == "cpu_bf16.yaml")
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
-def test_a_batch_that_processes_cannot_share_is_refused_once(launcher: str, tmp_path: Path) -> None:
-    root = make_dataset(tmp_path / "set")
-    flags = [str(root), "-b", "6"]
+@pytest.mark.parametrize(
+    ("launcher", "script"), [("accelerate", "lm_main.py"), ("torchrun", "resnet_main.py")]
+)
+def test_a_batch_that_processes_cannot_share_is_refused_once(
+    launcher: str, script: str, tmp_path: Path
+) -> None:
+    flags = ["--batch-size", "6"]
     if launcher == "accelerate":
-        err = launch("cpu4.yaml", "resnet_main.py", *flags, cwd=tmp_path).err
+        err = launch("cpu4.yaml", script, *flags, cwd=tmp_path).err
     else:
+        make_dataset(tmp_path / "set")
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
-        command += ["--standalone", str(KIT / "resnet_main.py"), *flags]
+        command += ["--standalone", str(KIT / script), "set", *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         err = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
         ).stderr
-    lines = [line for line in err.splitlines() if "resnet_main.py: error:" in line]
-    assert lines == [
-        "resnet_main.py: error: --batch-size 6 is for all processes together and cannot be "
-        "divided by 4: use a multiple"
+    assert [line for line in err.splitlines() if f"{script}: error:" in line] == [
+        f"{script}: error: --batch-size 6 is for all processes together and cannot be divided "
+        "by 4: use a multiple"
     ]
 
 
@@ -220,16 +223,11 @@ def test_a_download_may_take_long_and_a_hung_process_in_training_is_known(tmp_pa
         processes.append(
             Running(str(tmp_path / "patient.py"), *flags, cwd=tmp_path / str(i), env=PROBE | env)
         )
-    out = tmp_path / "0" / ".stdout"
-    while "| epoch   1 |     2/" not in out.read_text():
-        assert all(process.process.is_alive() for process in processes)
-        time.sleep(0.1)
-    hung = processes[1].process
-    assert hung.pid is not None
+    first, hung = processes
+    first.wait_for(lambda: "| epoch   1 |     2/" in first.out.read_text())
     os.kill(hung.pid, signal.SIGSTOP)
     started = time.monotonic()
-    result = processes[0].finish()
-    hung.kill()
+    result = first.finish()
     assert 3 < time.monotonic() - started < 20
     assert result.code == 1
     line = result.err.splitlines()[-1]

@@ -4,14 +4,26 @@ import math
 import os
 import re
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from chaos import differences, scalars
-from kit import KIT, PROBE, Result, Running, error_line, launch, make_corpus, run
+from kit import (
+    KIT,
+    PROBE,
+    STOPPED,
+    Result,
+    Running,
+    differences,
+    error_line,
+    launch,
+    make_corpus,
+    read,
+    run,
+    same_bits,
+    scalars,
+)
 from torch.nn import functional as F
 
 from word_language_model import checkpoint as lm_checkpoint
@@ -35,17 +47,6 @@ LINE = re.compile(
     r"loss +\d+\.\d\d \| ppl +\d+\.\d\d$",
     re.MULTILINE,
 )
-
-
-def load(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, weights_only=True)
-    return content
-
-
-def assert_equal_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_tensorboard_has_the_tags_and_one_point_an_epoch(trained: tuple[Path, Re
 
 def test_the_checkpoint_is_plain_data_and_rebuilds_the_model(trained: tuple[Path, Result]) -> None:
     folder, result = trained
-    best, latest = load(folder / "model.pt"), load(folder / "model.checkpoint.pt")
+    best, latest = read(folder / "model.pt"), read(folder / "model.checkpoint.pt")
     sizes = {"model": "LSTM", "emsize": 8, "nhid": 8, "nlayers": 2, "nhead": 2, "tied": False}
     settings = {"dropout": 0.2, "layer_dropout": 0.1, "bptt": 5, "batch_size": 4}
     settings |= {"lr": 20.0, "clip": 0.25, "seed": 1111}
@@ -96,7 +97,7 @@ def test_the_checkpoint_is_plain_data_and_rebuilds_the_model(trained: tuple[Path
     assert best["best_val_loss"] == latest["best_val_loss"]
     assert (latest["epoch"], latest["step"]) == (2, 0)
     model, _ = lm_checkpoint.restore_model(lm_checkpoint.load(folder / "model.pt"))
-    assert_equal_bits(dict(model.state_dict()), best["state_dict"])
+    assert list(differences(dict(model.state_dict()), best["state_dict"])) == []
 
 
 def test_evaluation_needs_no_flags(trained: tuple[Path, Result]) -> None:
@@ -170,15 +171,16 @@ def test_a_run_without_dropout_follows_the_originals_rules(model: str, tmp_path:
     flags = ("--model", model, "--data", "set", *TINY, *NO_DROPOUT, "--lr", lr)
     result = run("lm_main.py", *flags, "--epochs", epochs, cwd=tmp_path)
     assert result.code == 0, result
-    state = load(tmp_path / "model.checkpoint.pt")
-    for name, tensor in weights.items():
-        torch.testing.assert_close(state["state_dict"][name], tensor, rtol=1e-3, atol=1e-4)
+    state = read(tmp_path / "model.checkpoint.pt")
+    assert list(differences(weights, state["state_dict"])) == []
     found = scalars(tmp_path / "model.logs")
+    # Validation sums a word's exponentials in parts. In float32 a sum of so few has a relative
+    # error below 1e-5, and so has a loss, which is above 1 here.
     for tag, column in (("Loss/train", 0), ("Loss/val", 1)):
         expected = [row[column] for row in losses]
         assert [value for _, value in found[tag]] == pytest.approx(expected, rel=1e-4)
-    printed = [ppl for _, _, ppl in EPOCH.findall(result.out)]
-    assert printed == [f"{math.exp(val):.2f}" for _, val in losses]
+    printed = [float(ppl) for _, _, ppl in EPOCH.findall(result.out)]
+    assert printed == pytest.approx([math.exp(val) for _, val in losses], rel=1e-3)
     assert state["annealed"] == anneals
     assert anneals > 0 or epochs == 2  # or the rule was not met
 
@@ -189,7 +191,7 @@ def test_adamw_keeps_its_rate(tmp_path: Path) -> None:
     flags = ("--data", "set", *TINY, "--use-optimizer", "--lr", 0.5, "--epochs", 4)
     result = run("lm_main.py", *flags, "--log-interval", 100, cwd=tmp_path)
     assert result.code == 0, result
-    state = load(tmp_path / "model.checkpoint.pt")
+    state = read(tmp_path / "model.checkpoint.pt")
     assert state["annealed"] > 0
     assert "| lr 0.12 |" in result.out
     assert [value for _, value in scalars(tmp_path / "model.logs")["LR"]] == [0.5] * 4
@@ -224,15 +226,6 @@ def test_four_processes_lose_what_one_does(tmp_path: Path) -> None:
     assert digits[0] == digits[1]
 
 
-def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path) -> None:
-    err = launch("cpu4.yaml", "lm_main.py", "--batch-size", 6, cwd=tmp_path).err
-    lines = [line for line in err.splitlines() if "lm_main.py: error:" in line]
-    assert lines == [
-        "lm_main.py: error: --batch-size 6 is for all processes together and cannot be divided "
-        "by 4: use a multiple"
-    ]
-
-
 def test_ctrl_c_tests_the_best_weights_and_the_run_can_go_on_to_the_same_bits(
     tmp_path: Path,
 ) -> None:
@@ -245,20 +238,22 @@ def test_ctrl_c_tests_the_best_weights_and_the_run_can_go_on_to_the_same_bits(
 
     process = Running("lm_main.py", *flags, cwd=tmp_path, env={})
     latest = tmp_path / "model.checkpoint.pt"
-    while not latest.exists() or (load(latest)["epoch"], load(latest)["step"] > 100) != (1, True):
-        assert process.process.is_alive()
-        time.sleep(0.002)
-    assert process.process.pid is not None
-    os.kill(process.process.pid, signal.SIGINT)
+
+    def is_far() -> bool:
+        found = read(latest) if latest.exists() else {"epoch": 0}
+        return found["epoch"] == 1 and bool(found["step"] > 100)
+
+    process.wait_for(is_far)
+    os.kill(process.pid, signal.SIGINT)
     stopped = process.finish()
-    assert stopped.code == 75, stopped
+    assert stopped.code == STOPPED, stopped
     assert "-" * 89 + "\nExiting from training early\n" + "=" * 89 in stopped.out
     assert len(EPOCH.findall(stopped.out)) == 1
     tested = run("lm_main.py", "--evaluate", "--data", "set", cwd=tmp_path)
     assert f"test loss  {END.findall(stopped.out)[0][0]} | test ppl" in tested.out
 
-    assert load(latest)["epoch"] == 1
-    assert load(latest)["step"] > 100
+    assert read(latest)["epoch"] == 1
+    assert read(latest)["step"] > 100
     resumed = run("lm_main.py", *flags, "--resume", latest.name, cwd=tmp_path)
     assert f"=> loaded checkpoint '{latest.name}' (epoch 1, step " in resumed.out
     assert END.findall(resumed.out) == END.findall(undisturbed.out)
@@ -266,9 +261,9 @@ def test_ctrl_c_tests_the_best_weights_and_the_run_can_go_on_to_the_same_bits(
     assert [x for x in timeless[1] if "| epoch   2 |   400" in x] == [
         x for x in timeless[0] if "| epoch   2 |   400" in x
     ]
-    assert list(differences(load(tmp_path / "whole.checkpoint.pt"), load(latest))) == []
-    assert_equal_bits(*(load(tmp_path / f"{n}.pt")["state_dict"] for n in ("whole", "model")))
-    assert scalars(tmp_path / "whole.logs") == scalars(tmp_path / "model.logs")
+    same_bits(tmp_path / "whole.checkpoint.pt", latest)
+    best = [read(tmp_path / f"{name}.pt")["state_dict"] for name in ("whole", "model")]
+    assert list(differences(*best)) == []
 
 
 def test_ctrl_c_before_the_first_epochs_end_tests_the_last_weights(tmp_path: Path) -> None:
@@ -276,14 +271,11 @@ def test_ctrl_c_before_the_first_epochs_end_tests_the_last_weights(tmp_path: Pat
     (tmp_path / "model.pt").write_text("of another run")
     flags = ("--data", "set", *TINY, "--checkpoint-every", 5, "--overwrite")
     process = Running("lm_main.py", *flags, cwd=tmp_path, env={})
-    while not (tmp_path / "model.checkpoint.pt").exists():
-        assert process.process.is_alive()
-        time.sleep(0.01)
-    assert process.process.pid is not None
-    os.kill(process.process.pid, signal.SIGINT)
+    process.wait_for((tmp_path / "model.checkpoint.pt").exists)
+    os.kill(process.pid, signal.SIGINT)
     stopped = process.finish()
-    assert stopped.code == 75, stopped
-    assert "=> no epoch is done: testing the weights as they are" in stopped.out
+    assert stopped.code == STOPPED, stopped
+    assert "=> no epoch is done on this text: testing the weights as they are" in stopped.out
     assert len(END.findall(stopped.out)) == 1
     assert (tmp_path / "model.pt").read_text() == "of another run"
 
@@ -318,18 +310,22 @@ def test_a_missing_exporter_is_said_before_training(tmp_path: Path) -> None:
     assert "--onnx-export needs onnxscript: pip install onnx onnxscript" in line
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
-    trained: tuple[Path, Result],
+@pytest.mark.parametrize(("scale", "step"), [(1, r"\d"), (1e4, "0")])
+def test_a_loss_or_weights_that_are_not_finite_keep_the_last_good_checkpoint(
+    scale: float, step: str, trained: tuple[Path, Result], tmp_path: Path
 ) -> None:
-    folder, _ = trained
-    files = [folder / "model.pt", folder / "model.checkpoint.pt"]
-    before = [file.read_bytes() for file in files]
-    flags = ("--data", "set", "--epochs", 9, "--resume", files[1], "--lr", 1e38, "--clip", 1e38)
-    line = error_line(run("lm_main.py", *flags, "--checkpoint-every", 1, cwd=folder))
-    assert re.search(r"the loss is not finite in epoch 3 at step \d: lower --lr", line)
-    assert before[0] == files[0].read_bytes()
-    assert all(tensor.isfinite().all() for tensor in load(files[1])["state_dict"].values())
-    files[1].write_bytes(before[1])
+    """A decoder 10,000 times as large gives a finite loss, and gradients above 1 to the others:
+    their first update overflows."""
+    content = read(trained[0] / "model.checkpoint.pt")
+    content["state_dict"]["decoder.weight"] *= scale
+    latest = tmp_path / "model.checkpoint.pt"
+    torch.save(content, latest)
+    flags = ("--data", trained[0] / "set", "--epochs", 9, "--resume", latest, "--lr", 1e38)
+    more = ("--clip", 1e38, "--checkpoint-every", 1)
+    line = error_line(run("lm_main.py", *flags, *more, cwd=tmp_path))
+    assert re.search(rf"the loss is not finite in epoch 3 at step {step}: lower --lr", line)
+    assert not (tmp_path / "model.pt").exists()
+    assert all(tensor.isfinite().all() for tensor in read(latest)["state_dict"].values())
 
 
 def test_a_loss_too_large_for_a_perplexity_is_printed(tmp_path: Path) -> None:
@@ -341,7 +337,7 @@ def test_a_loss_too_large_for_a_perplexity_is_printed(tmp_path: Path) -> None:
 
 
 def damage(path: Path, name: str, **changes: object) -> str:
-    content = {**load(path), **changes}
+    content = {**read(path), **changes}
     torch.save({k: v for k, v in content.items() if v is not None}, path.with_name(name))
     return name
 
@@ -364,8 +360,8 @@ def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result])
     torch.save({"state_dict": {"a": torch.ones(2)}}, folder / "bare.pt")
     torch.save(torch.nn.Linear(1, 1), folder / "code.pt")
     (folder / "cut.pt").write_bytes(best.read_bytes()[:1000])
-    vocabulary = load(best)["vocabulary"]
-    state = load(best)["state_dict"]
+    vocabulary = read(best)["vocabulary"]
+    state = read(best)["state_dict"]
     del state["rnn.bias_hh_l1"]
     resumed: dict[str, str] = {
         "none.pt": "none.pt: no such file",
@@ -403,14 +399,7 @@ def test_bad_input_is_one_line_and_touches_nothing(trained: tuple[Path, Result])
             "model.pt",
         ): "has a vocabulary of 40 words and the corpus another, of 42: use the --data",
         ("--data", "set", "--resume", "model.pt", "--data", "without"): "has neither valid.txt",
-        ("--tied", "--emsize", 8): "--tied needs --nhid equal to --emsize, not 200 and 8",
-        ("--model", "Transformer", "--nhead", 3): "--emsize 200 cannot be divided by --nhead 3",
         ("--model", "Transformer", "--emsize", 9, "--nhead", 3): "--emsize 9 is odd",
-        ("--model", "Transformer", "--bptt", 5001): "has 5000 positions",
-        ("--model", "BERT"): "invalid choice: 'BERT'",
-        ("--dropout", 1): "must be from 0 to below 1, not 1",
-        ("--batch_size", 0): "must be at least 1, not 0",
-        ("--lr", "nan"): "must be a number from 0 on",
         ("--save", "set"): "--save set: is a directory",
         ("--save", "file/model.pt"): "cannot write to file/model.checkpoint.pt: File exists",
         ("--log-dir", "file"): "cannot write to file: File exists",

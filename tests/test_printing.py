@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chaos import differences, read
-from kit import KIT, PATIENCE, Result, Running, make_corpus, run
+from kit import KIT, PATIENCE, Result, Running, differences, make_corpus, read, run
 
 FLAGS = ["--data", "textö", "--emsize", "8", "--nhid", "8", "--batch_size", "4", "--bptt", "5"]
 FLAGS += ["--log-interval", "1", "--epochs", "1"]

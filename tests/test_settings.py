@@ -5,9 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from chaos import differences, read, scalars
-from kit import PROBE, error_line, make_corpus, make_dataset, run
-from test_preemption import same_bits
+from kit import (
+    PROBE,
+    differences,
+    error_line,
+    make_corpus,
+    make_dataset,
+    read,
+    run,
+    same_bits,
+    scalars,
+)
 
 import resnet_main
 from engine.cli import ArgumentParser, UserError, fraction, non_negative_float, positive_int
@@ -119,7 +127,7 @@ def test_an_image_classifiers_settings_come_back(tmp_path: Path) -> None:
     assert "checkpoint.pth' (epoch 1, step 2)" in resumed.out
     assert "trained with" not in resumed.out
     assert "drew --seed" not in resumed.out
-    same_bits(tmp_path / "whole", tmp_path / "killed", "checkpoint.pth", "logs")
+    same_bits(tmp_path / "whole" / "checkpoint.pth", tmp_path / "killed" / "checkpoint.pth")
     rates = [value for _, value in scalars(tmp_path / "killed" / "logs")["LR"]]
     assert rates == pytest.approx([0.01, 0.02, 0.01])
 
