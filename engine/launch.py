@@ -5,8 +5,8 @@ Every command builds its Accelerator with `build_accelerator`.
 
 from __future__ import annotations
 
-import contextlib
 import argparse
+import contextlib
 import ctypes
 import datetime
 import os

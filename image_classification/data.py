@@ -312,8 +312,9 @@ class ImageLoader:
             assert self.mix is not None
             pixels, soft_targets = self.mix(images, targets)
             mixed.append([t[1:] for t in (pixels, targets, soft_targets, *others)])
-        pixels, *others = (torch.cat(tensors) for tensors in zip(*mixed, strict=True))
-        return Batch(pixels.contiguous(memory_format=torch.channels_last), *others, batch.size)
+        images, targets, soft_targets, weights, indices = map(torch.cat, zip(*mixed, strict=True))
+        images = images.contiguous(memory_format=torch.channels_last)
+        return Batch(images, targets, soft_targets, weights, indices, batch.size)
 
     def _spread(self, values: torch.Tensor, steps: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         """`values` [n] of the samples of each step, on the device: one copy for all steps."""
