@@ -61,6 +61,9 @@ def make_parser() -> cli.ArgumentParser:
     add("--epochs", type=cli.positive_int, default=40, metavar="N", help="total epochs to run")
     add("--batch_size", "--batch-size", type=cli.positive_int, default=20, metavar="N",
         help="columns of text, over all processes together")
+    add("--gradient-accumulation-steps", type=cli.positive_int, default=1, metavar="N",
+        help="parts of each process's columns that are computed one after the other: one process "
+        "with 4 trains what four do, in less memory")
     add("--lr", type=cli.non_negative_float, default=20.0, metavar="LR",
         help="initial learning rate; an epoch without a better validation loss divides it by 4")
     add("--clip", type=cli.non_negative_float, default=0.25, metavar="NORM",
@@ -107,9 +110,9 @@ from tqdm import tqdm
 from engine.checkpoints import Checkpoint
 from engine.graphs import GraphedStep, Step, can_use_graphs, make_capturable
 from engine.launch import build_accelerator, check_compiler, describe_run, keep_freed_memory
-from engine.metrics import step_sums, sum_dtype
+from engine.metrics import step_sums, sum_dtype, sum_of_parts
 from engine.run import Run
-from engine.seeds import seed_generators, use_deterministic_kernels
+from engine.seeds import use_deterministic_kernels
 from word_language_model.checkpoint import (
     beside,
     load,
@@ -372,22 +375,37 @@ def training_step(
     run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace
 ) -> Step:
     """A step as a function of its segment, which a GPU replays as a CUDA graph."""
-    accelerator = run.accelerator
+    accelerator, parts = run.accelerator, args.gradient_accumulation_steps
 
     def step(
         tokens: torch.Tensor, targets: torch.Tensor, *hidden: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        # DistributedDataParallel averages the gradients: the mean over all columns.
-        loss, hidden = model(tokens, targets, hidden)
-        accelerator.backward(loss)
+        sums, after = [], []
+        columns = (tokens, targets.view_as(tokens), *hidden)  # the second dimension of all
+        chunks = zip(*(tensor.chunk(parts, dim=1) for tensor in columns), strict=True)
+        for part, (own, next_words, *before) in enumerate(chunks):
+            run.seed_dropout(args.seed, part, parts)
+            is_last = part == parts - 1
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+                own_hidden = tuple(h.contiguous() for h in before)
+                loss, own_hidden = model(own, next_words.reshape(-1), own_hidden)
+                # DistributedDataParallel averages the gradients: the mean over all columns.
+                accelerator.backward(loss / parts if parts > 1 else loss)
+            count = torch.full_like(loss, next_words.numel(), dtype=sum_dtype(accelerator.device))
+            sums.append(step_sums(count * loss.detach(), count))
+            after.append(own_hidden)
         if args.clip:
             accelerator.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
-        count = torch.full_like(loss, len(targets), dtype=sum_dtype(accelerator.device))
-        return step_sums(count * loss.detach(), count), *hidden
+        hidden = after[0] if parts == 1 else tuple(map(_columns, zip(*after, strict=True)))
+        return sum_of_parts(sums), *hidden
 
     return GraphedStep(step) if run.graphed else step
+
+
+def _columns(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return torch.cat(parts, dim=1)
 
 
 def train_epoch(
@@ -414,9 +432,7 @@ def train_epoch(
     started = time.time()
     with bar:
         for step, tokens, targets in segments(text, args.bptt, run.step):
-            # Dropout depends on the step alone, not on the past.
-            rank = accelerator.process_index
-            seed_generators(accelerator.device, "dropout", args.seed, run.epoch, step, rank)
+            run.seed_dropout(args.seed, 0, args.gradient_accumulation_steps)
             values, *state["hidden"] = train_step(tokens, targets, *state["hidden"])
             sums.update(values, step)
             bar.update()

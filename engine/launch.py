@@ -5,6 +5,7 @@ Every command builds its Accelerator with `build_accelerator`.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import datetime
@@ -149,6 +150,8 @@ def _refuse_unknown_modes() -> None:
         is_off = value.lower() in OFF or f"{name[-6:]}={value}" == "_STEPS=1"  # of accumulation
         if name.startswith("ACCELERATE_") and name not in KNOWN_VARIABLES and not is_off:
             instead = " (--compile compiles the model)" if "DYNAMO" in name else ""
+            if name.endswith("_STEPS"):
+                instead = " (--gradient-accumulation-steps is a flag of the script)"
             raise UserError(
                 f"{name}={value} is for another kind of training than this kit's{instead}: launch "
                 "with a YAML of accelerate_configs/, or unset it"
@@ -158,6 +161,16 @@ def _refuse_unknown_modes() -> None:
         raise UserError(
             f"srun has started {tasks} processes that do not know of each other: start them with "
             "cluster/slurm_task.sh, or one torchrun on each node"
+        )
+
+
+def refuse_unequal_parts(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Raise `UserError` for a global batch that processes and their parts cannot share equally."""
+    parts = accelerator.num_processes * args.gradient_accumulation_steps
+    if args.batch_size % parts:
+        raise UserError(
+            f"--batch-size {args.batch_size} is for all processes together and cannot be divided "
+            f"by {parts}: use a multiple"
         )
 
 

@@ -39,6 +39,14 @@ def step_sums(loss: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     return torch.stack([loss.isfinite(), loss, *others]).to(sum_dtype(loss.device))
 
 
+def sum_of_parts(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sums of a step from those of its parts; the loss is finite where all of theirs are."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = torch.stack([*parts])
+    return torch.cat([rows[:, :1].amin(0), rows[:, 1:].sum(0)])
+
+
 class Sums:
     """Sums of an epoch over its samples, on the device; reading them is the only synchronisation.
 

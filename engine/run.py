@@ -31,6 +31,7 @@ from engine.cli import UserError, fall_back_to_stderr
 from engine.files import Named, check_outputs, lock, same_place, writing
 from engine.launch import ANSWER_WITHIN, set_patience
 from engine.metrics import Curves, Means, Sums, diverged, has_points
+from engine.seeds import seed_generators
 from engine.stop import Preemption, Stopped
 
 # Seconds that a restart waits for the lock: the old run may still be saving.
@@ -323,6 +324,18 @@ class Run:
         self.sums = Sums(self.accelerator, self.metrics, self.number, self.carried)
         self.carried = None
         return self.sums
+
+    def seed_dropout(self, seed: int, part: int, parts: int) -> None:
+        """Let dropout and stochastic depth of a part follow from what it is, not from the past.
+
+        A CUDA graph draws for all parts of a step from one seed, which is set before its replay.
+
+        Args:
+            part: its number among the `parts` of this process.
+        """
+        if part == 0 or not self.graphed:
+            number = self.accelerator.process_index * parts + part
+            seed_generators(self.accelerator.device, "dropout", seed, self.epoch, self.step, number)
 
     def end_of_step(self, step: int) -> None:
         """Count `step` as done, save if that is due, and stop if a signal came."""

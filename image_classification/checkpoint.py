@@ -14,6 +14,7 @@ from torch import nn
 from engine import checkpoints
 from engine.checkpoints import Checkpoint
 from engine.cli import ArgumentParser, UserError
+from engine.launch import refuse_unequal_parts
 from image_classification.model import ARCHITECTURES, build_model
 from image_classification.settings import (
     DEFAULT,
@@ -196,11 +197,9 @@ def settle(
         args.image_size = None  # the data decides
     if args.evaluate:
         return changed
-    if args.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"--batch-size {args.batch_size} is for all processes together and cannot be divided "
-            f"by {accelerator.num_processes}: use a multiple"
-        )
+    refuse_unequal_parts(args, accelerator)
+    if args.sync_bn and args.gradient_accumulation_steps > 1:
+        raise UserError("--sync-bn needs all parts of a batch at once: without accumulation")
     if args.sync_bn and accelerator.device.type == "cpu" and accelerator.num_processes > 1:
         raise UserError(
             "--sync-bn works on GPUs only (torch has no SyncBatchNorm for the CPU); --no-sync-bn "

@@ -206,13 +206,15 @@ def dummy_dataset(image_size: int) -> ImageData:
 
 
 class Batch(NamedTuple):
-    """This process's part of a global batch, on the training device.
+    """This process's share of a global batch, on the training device.
+
+    In training it consists of equal parts, one after the other, which are computed one by one.
 
     images: [b, 3, size, size], normalised, channels_last.
     targets: [b], class indices.
     soft_targets: [b, classes] when images were mixed, else None.
     weights: [b], 1 for a sample and 0 for padding. The last global batch of an epoch is padded
-        where it cannot be divided, so that every process has an equal slice.
+        where it cannot be divided, so that all parts are equal.
     indices: [b], on the CPU, of the samples in their split.
     size: samples in the global batch.
     """
@@ -239,6 +241,7 @@ class ImageLoader:
         workers: processes of this node that decode, for ImageFiles.
         rows: the samples to deliver when not training, in their order; all by default.
         mix: maps images and targets to mixed images and soft targets (CutMix, MixUp).
+        parts: into which each process cuts its share of a global batch.
     """
 
     def __init__(
@@ -253,7 +256,9 @@ class ImageLoader:
         workers: int,
         mix: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
         rows: torch.Tensor | None = None,
+        parts: int = 1,
     ) -> None:
+        self.parts = parts
         self.images, self.targets = images, images.targets
         self.batch_size, self.image_size = batch_size, image_size
         self.seed, self.train, self.mix = seed, train, mix
@@ -269,7 +274,7 @@ class ImageLoader:
         return -(-len(self.rows) // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """This process's part of the epoch's global batches from number `start` on.
+        """This process's share of the epoch's global batches from number `start` on.
 
         In training a slice of each; in evaluation every `world_size`-th batch, whole.
         """
@@ -277,42 +282,55 @@ class ImageLoader:
             generator = _generator("order", self.seed, epoch)
             order = torch.randperm(len(self.targets), generator=generator)
             batches = order.split(self.batch_size)[start:]
-            slices = [(*self._slice(batch), len(batch)) for batch in batches]
+            slices = [self._slice(batch) for batch in batches]
         else:
             batches = self.rows.split(self.batch_size)[start:][self.rank :: self.world_size]
-            slices = [(batch, len(batch), len(batch)) for batch in batches]
-        parts = [rows for rows, _, _ in slices]
-        for step, (images, targets, (rows, real, size)) in enumerate(
-            zip(self._pixels(epoch, parts), self._spread(self.targets, parts), slices, strict=True),
-            start,
-        ):
-            images = normalise(images)
-            soft_targets = None
-            if self.mix is not None:
-                # Every process draws the same partners and the same mixing ratio.
-                seed_generators(self.device, "mix", self.seed, epoch, step)
-                images, soft_targets = self.mix(images, targets)
-                images = images[1:].contiguous(memory_format=torch.channels_last)
-                targets, soft_targets, rows = targets[1:], soft_targets[1:], rows[1:]
-            weights = (torch.arange(len(rows), device=self.device) < real).float()
-            yield Batch(images, targets, soft_targets, weights, rows, size)
-
-    def _spread(self, values: torch.Tensor, parts: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """`values` [n] of the samples of each part, on the device: one copy for all parts."""
-        if not parts:
-            return []
-        spread: Sequence[torch.Tensor] = (
-            values[torch.cat(parts)].to(self.device).split([len(rows) for rows in parts])
+            slices = [(batch, torch.ones(len(batch))) for batch in batches]
+        if not slices:
+            return
+        rows = [own for own, _ in slices]
+        columns = (
+            self._pixels(epoch, rows),
+            self._spread(self.targets, rows),
+            self._split(torch.cat([is_real for _, is_real in slices]), rows),
+            rows,
+            map(len, batches),
         )
-        return spread
+        for step, (images, targets, weights, own, size) in enumerate(
+            zip(*columns, strict=True), start
+        ):
+            batch = Batch(normalise(images), targets, None, weights, own, size)
+            yield batch if self.mix is None else self._mixed(batch, epoch, step)
 
-    def _pixels(self, epoch: int, parts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """[b, 3, size, size], float32 from 0 to 255, of the samples of each part."""
+    def _mixed(self, batch: Batch, epoch: int, step: int) -> Batch:
+        """Mix each part, and drop the sample that was put in front of it."""
+        mixed = []
+        tensors = (batch.images, batch.targets, batch.weights, batch.indices)
+        for images, targets, *others in zip(*(t.chunk(self.parts) for t in tensors), strict=True):
+            # All parts draw the same partners and the same mixing ratio.
+            seed_generators(self.device, "mix", self.seed, epoch, step)
+            assert self.mix is not None
+            pixels, soft_targets = self.mix(images, targets)
+            mixed.append([t[1:] for t in (pixels, targets, soft_targets, *others)])
+        images, targets, soft_targets, weights, indices = map(torch.cat, zip(*mixed, strict=True))
+        images = images.contiguous(memory_format=torch.channels_last)
+        return Batch(images, targets, soft_targets, weights, indices, batch.size)
+
+    def _spread(self, values: torch.Tensor, steps: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """`values` [n] of the samples of each step, on the device: one copy for all steps."""
+        return self._split(values[torch.cat(steps)], steps)
+
+    def _split(self, values: torch.Tensor, steps: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        parts: Sequence[torch.Tensor] = values.to(self.device).split([len(rows) for rows in steps])
+        return parts
+
+    def _pixels(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """[b, 3, size, size], float32 from 0 to 255, of the samples of each step."""
         if isinstance(self.images, ImageFiles):
             # Workers live for an epoch: training's are gone when validation starts its own.
             loader = DataLoader(
                 self.images,
-                batch_sampler=[[(epoch, i) for i in rows.tolist()] for rows in parts],
+                batch_sampler=[[(epoch, i) for i in rows.tolist()] for rows in steps],
                 num_workers=self.workers,
                 worker_init_fn=leave_signals_to_parent,
                 pin_memory=self.device.type == "cuda",
@@ -323,14 +341,14 @@ class ImageLoader:
         images = self.images.images
         is_here = images.device.type == self.device.type
         places = torch.arange(len(self.targets)) % len(images)
-        own_places = self._spread(places, parts) if is_here else [places[rows] for rows in parts]
-        own_crops: Iterable[Crops | None] = [None] * len(parts)
+        own_places = self._spread(places, steps) if is_here else [places[rows] for rows in steps]
+        own_crops: Iterable[Crops | None] = [None] * len(steps)
         if self.train:
             # The whole epoch's crops in one draw: a generator for each sample is slow.
             generator = _generator("augmentation", self.seed, epoch)
             side = images.shape[-1]
             crops = draw_crops(len(self.targets), side, side, generator)
-            fields = [self._spread(field, parts) for field in crops]
+            fields = [self._spread(field, steps) for field in crops]
             own_crops = map(Crops, *fields)
         for rows, crop in zip(own_places, own_crops, strict=True):
             pixels = images[rows]
@@ -343,19 +361,21 @@ class ImageLoader:
                 else resized_crop(pixels, crop, self.image_size)
             )
 
-    def _slice(self, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """This process's samples of a global batch, padded so that all slices are equally long.
+    def _slice(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's samples of a global batch, padded so that all parts are equally long.
 
-        Batch normalisation cannot train on one sample, so a slice has at least two unless the
+        Batch normalisation cannot train on one sample, so a part has at least two unless the
         batch size allows only one. Mixing blends each sample with the one before it in the global
-        batch: with `mix`, that sample is put in front, and `epoch` drops it after mixing.
+        batch: with `mix`, that sample is put in front of a part, and dropped after mixing.
 
         Returns:
-            The samples' indices, and how many of them are not padding.
+            The samples' indices, and 1 where they are no padding, else 0.
         """
-        share = -(-len(batch) // self.world_size)
-        first = self.rank * share
-        real = max(0, min(share, len(batch) - first))
-        length = max(share, min(2, self.batch_size // self.world_size))
-        positions = torch.arange(first - (self.mix is not None), first + length)
-        return batch[positions % len(batch)], real
+        count = self.world_size * self.parts
+        share = -(-len(batch) // count)
+        length = max(share, min(2, self.batch_size // count))
+        own = torch.arange(self.parts) + self.rank * self.parts
+        places = torch.arange(-(self.mix is not None), length)
+        positions = own[:, None] * share + places
+        is_real = (places < share) & (positions < len(batch))
+        return batch[positions.flatten() % len(batch)], is_real.flatten().float()

@@ -149,13 +149,15 @@ def follow() -> None:
         end_of_step(run, step)
         model = run.accelerator.unwrap_model(run.model)
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        buffers = torch.cat([b.detach().flatten() for b in model.buffers()])
         norms = {type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__}
         lr = run.optimizer.param_groups[0]["lr"]
-        steps.append({"lr": lr, "weights": weights, "norms": norms})
+        steps.append({"lr": lr, "weights": weights, "buffers": buffers, "norms": norms})
 
     def main() -> None:
         resnet_main.main(sys.argv[2:])
-        torch.save(steps, "steps.pt")
+        if os.environ.get("RANK", "0") == "0":
+            torch.save(steps, "steps.pt")
 
     Run.end_of_step = recorded  # type: ignore[assignment, method-assign]
     patch.object(resnet_main, "build_model", build_small_model).start()

@@ -22,17 +22,19 @@ from engine.cli import ArgumentParser, UserError, fraction, non_negative_float, 
 from image_classification import settings as image_settings
 from word_language_model import settings as lm_settings
 
-# Every setting of an image classifier, none of them its default.
+# Every setting of an image classifier, but for the last none of them its default.
 IMAGES = {
     **{"arch": "resnet34", "stem": "stock", "image_size": 32, "epochs": 3, "batch_size": 8},
     **{"lr": 0.02, "momentum": 0.8, "weight_decay": 1e-3, "lr_schedule": "cosine"},
     **{"warmup_epochs": 1, "label_smoothing": 0.1, "cutmix": 1.0, "mixup": 0.2},
     **{"sync_bn": True, "seed": 7},
+    "gradient_accumulation_steps": 1,  # more do not go together with sync_bn
 }
 WORDS = {
     **{"model": "GRU", "emsize": 8, "nhid": 8, "nlayers": 1, "nhead": 1, "tied": True},
     **{"kernel_size": 3, "use_optimizer": True, "epochs": 2, "batch_size": 4, "bptt": 5},
     **{"lr": 0.05, "clip": 0.5, "dropout": 0.3, "layer_dropout": 0.2, "seed": 7},
+    "gradient_accumulation_steps": 2,
 }
 
 

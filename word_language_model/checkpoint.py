@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from engine import checkpoints
 from engine.checkpoints import Checkpoint
 from engine.cli import ArgumentParser, UserError
+from engine.launch import refuse_unequal_parts
 from word_language_model.model import LanguageModel, build_model, model_class
 from word_language_model.settings import MODEL_SETTINGS, MODELS, SETTINGS, ModelSpec
 
@@ -133,11 +134,8 @@ def settle(
     )
     if args.dry_run:
         args.epochs = 1
-    if args.batch_size % accelerator.num_processes and not args.evaluate:
-        raise UserError(
-            f"--batch-size {args.batch_size} is for all processes together and cannot be divided "
-            f"by {accelerator.num_processes}: use a multiple"
-        )
+    if not args.evaluate:
+        refuse_unequal_parts(args, accelerator)
     model_class(args.model).check(spec_of(args), args.bptt)
     return changed
 

@@ -33,5 +33,5 @@ class ModelSpec(NamedTuple):
 MODEL_SETTINGS = (*(f for f in ModelSpec._fields if f != "words"), "use_optimizer")
 SETTINGS = (
     *(*MODEL_SETTINGS, "epochs", "batch_size", "bptt", "lr", "clip"),
-    *("dropout", "layer_dropout", "seed"),
+    *("dropout", "layer_dropout", "seed", "gradient_accumulation_steps"),
 )
