@@ -130,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for size in set(sizes)
         }
     data = datasets[sizes[0]]
+    for note in data.notes:
+        accelerator.print(note)
     restored = []
     for content, arch, stem, size in zip(contents, args.arch, args.stem, sizes, strict=True):
         refuse_other_classes(content, data.classes)

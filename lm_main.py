@@ -16,7 +16,8 @@ tied LSTM, 407 and 411 (two seeds) after six of the Transformer (docs/language_m
 
 from __future__ import annotations
 
-from engine.stop import Stopped, check_flags, run_script  # before what is slow: see there
+# Before what is slow: see there.
+from engine.stop import Stopped, check_flags, handlers_put_back, run_script
 
 # isort: split
 
@@ -138,6 +139,7 @@ EVAL_BATCH_SIZE = 10
 RULE = 89  # characters of a line between epochs
 
 
+@handlers_put_back()
 def main(argv: Sequence[str] | None = None) -> None:
     with contextlib.ExitStack() as at_the_end:
         run, args, checkpoint = begin(argv, at_the_end)

@@ -14,7 +14,8 @@ images/s: Acc@1 44.4, Acc@5 79.0 (README.md, "Results", has the command).
 
 from __future__ import annotations
 
-from engine.stop import check_flags, run_script  # before what is slow: see there
+# Before what is slow: see there.
+from engine.stop import check_flags, handlers_put_back, run_script
 
 # isort: split
 
@@ -150,6 +151,7 @@ from image_classification.model import build_model, check_architecture
 EVAL_BATCH_SIZE = 256
 
 
+@handlers_put_back()
 def main(argv: Sequence[str] | None = None) -> None:
     run, args, checkpoint = begin(argv)
     data = find_data(run.accelerator, args)

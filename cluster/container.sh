@@ -21,16 +21,17 @@ export TMPDIR=$OUTPUT/tmp XDG_CACHE_HOME=$OUTPUT/cache PYTHONDONTWRITEBYTECODE=1
 mkdir -p "$OUTPUT/logs" "$TMPDIR" && cd "$OUTPUT" || exit 2
 
 gpus=$(python -c "import torch; print(torch.cuda.device_count())") || exit
+# One process needs no launcher, which would replace its exit code by 1.
+launch=(python)
 case $gpus in
-  0) config=cpu.yaml processes=1 ;;
-  1) config=gpu1.yaml processes=1 ;;
-  *) config=gpu4.yaml processes=$gpus ;;
+  0) ;;
+  1) export ACCELERATE_MIXED_PRECISION=${ACCELERATE_MIXED_PRECISION:-bf16} ;;
+  *) launch=(accelerate launch --config_file "$CODE/accelerate_configs/gpu4.yaml"
+    --num_processes "$gpus" --main_process_port 0) ;;
 esac
 exec 3> >(exec tee -a "$OUTPUT/logs/${script%.py}.log")
 log=$!
-accelerate launch --config_file "$CODE/accelerate_configs/$config" --num_processes "$processes" \
-  --main_process_port 0 "$CODE/$script" --resume auto --log-dir "$OUTPUT/logs/${script%.py}" \
-  "${places[@]}" "$@" >&3 2>&1 3>&- &
+"${launch[@]}" "$CODE/$script" --resume auto "${places[@]}" "$@" >&3 2>&1 3>&- &
 launcher=$!
 exec 3>&-
 

@@ -48,6 +48,8 @@ class ArgumentParser(argparse.ArgumentParser):
             allow_abbrev=False,  # batch scripts look for whole flags
         )
         self.settings = settings
+        old = ("--local-rank", "--local_rank")
+        self.add_argument(*old, type=_of_the_old_launcher, help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -102,6 +104,12 @@ class ArgumentParser(argparse.ArgumentParser):
                     raise UserError(f"checkpoint {path}: {name} is {value!r}: damaged") from error
             setattr(args, name, value)
         return changed
+
+
+def _of_the_old_launcher(_: str) -> NoReturn:
+    raise argparse.ArgumentTypeError(
+        "is what `python -m torch.distributed.launch` adds: launch with torchrun"
+    )
 
 
 def nonempty(text: str) -> str:

@@ -27,7 +27,7 @@ from accelerate.utils import (
 )
 
 from engine.cli import UserError
-from engine.stop import has_temporary_folder
+from engine.stop import RANKS, has_temporary_folder
 
 # How long processes wait for each other to join, and in training: longer than any step,
 # validation or checkpoint of one of them takes.
@@ -35,8 +35,8 @@ ANSWER_WITHIN = datetime.timedelta(minutes=10)
 # Before training the others wait while a node's first process downloads or decodes.
 PREPARED_WITHIN = datetime.timedelta(hours=2)
 
-# How mpirun's families and torchrun name the number of processes that they started.
-WORLD_SIZE_VARIABLES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+WORLD_SIZE_VARIABLES = [*RANKS.values()]
+LAUNCH_VARIABLES = [*RANKS, *WORLD_SIZE_VARIABLES, "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
 
 # `ACCELERATE_*` variables that are supported or harmless. All others (FSDP, DeepSpeed, Megatron,
 # ...) have to be off.
@@ -79,6 +79,7 @@ def build_accelerator(broadcast_buffers: bool = True) -> Accelerator:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # cuDNN's RNNs sum in a fixed order only with workspaces of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    _refuse_leftovers()
     _refuse_unknown_modes()
     asked = get_int_from_env(WORLD_SIZE_VARIABLES, 1)
     asked_here = get_int_from_env(["LOCAL_WORLD_SIZE"], asked)
@@ -139,6 +140,32 @@ def _is_launched() -> bool:
     """True under a launcher. The precision variable alone may have been set by hand."""
     names = {"ACCELERATE_DYNAMO_MODE", "SLURM_PROCID", *WORLD_SIZE_VARIABLES}
     return "ACCELERATE_MIXED_PRECISION" in os.environ and bool(names & os.environ.keys())
+
+
+def _refuse_leftovers() -> None:
+    """Raise `UserError` for variables of a launch that are no numbers, or without their likes."""
+    for name in (*LAUNCH_VARIABLES, "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
+        value = os.environ.get(name, "0")
+        if not value.removeprefix("-").isdecimal():
+            raise UserError(f"{name} is {value!r}, and not a whole number: `unset {name}`")
+    found = [name for name in LAUNCH_VARIABLES if name in os.environ]
+    size, rank = get_int_from_env(WORLD_SIZE_VARIABLES, 0), get_int_from_env([*RANKS], 0)
+    joins = size > 1 or get_int_from_env(["LOCAL_RANK"], -1) >= 0
+    if found and size == 0:
+        what = "without a WORLD_SIZE"
+    elif size > 1 and not RANKS.keys() & os.environ.keys():
+        what = "without a RANK"
+    elif rank >= max(size, 1):
+        what = "is no place among the processes"
+    elif joins and not (os.environ.get("MASTER_ADDR") or dist.is_mpi_available()):
+        what = "without a MASTER_ADDR"
+    else:
+        return
+    raise UserError(
+        f"{' '.join(f'{name}={os.environ[name]}' for name in found)} {what}: `unset "
+        f"{' '.join(found)}`, if an earlier launch has left this over, or launch with a YAML of "
+        "accelerate_configs/ or torchrun"
+    )
 
 
 def _refuse_unknown_modes() -> None:

@@ -33,8 +33,11 @@ T = TypeVar("T")
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, to be resumed
 
-# How torchrun, mpirun's families and srun number the processes that they start.
-RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+# How torchrun and mpirun's families number and count the processes that they start ...
+RANKS = {"RANK": "WORLD_SIZE", "PMI_RANK": "PMI_SIZE"}
+RANKS |= {f"{mpi}_COMM_WORLD_RANK": f"{mpi}_COMM_WORLD_SIZE" for mpi in ("OMPI", "MV2")}
+# ... and srun.
+SRUN_RANKS = {"SLURM_PROCID": "SLURM_NTASKS"}
 
 # Error numbers that mean the path itself is bad.
 OF_A_PATH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
@@ -47,6 +50,9 @@ STOP_SIGNALS = tuple(
 # The terminal or the scheduler signals all processes, and a launcher passes the signal on once
 # more. Within this many seconds that is one request. A later one means "at once".
 SAME_REQUEST = 3.0
+
+
+_in_script = False  # within `run_script`
 
 
 class Stopped(BaseException):
@@ -85,6 +91,10 @@ if _runs_a_command():
     # Every process would repeat the warnings of torch's C++, as that find_unused_parameters costs
     # time. Errors stay.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Threads that wait for each other spin, for very long by default: two trainings at a time on
+    # two cores are then thirty times slower. libgomp reads this when torch loads it.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # torch looks for a folder for compiled kernels even when it compiles none.
     if not has_temporary_folder():
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.sep)
@@ -109,12 +119,29 @@ def check_flags(parser: ArgumentParser, *, alone: bool = False) -> None:
         gc.disable()
 
 
+@contextlib.contextmanager
+def handlers_put_back() -> Iterator[None]:
+    """After it the signals' handlers are the former ones again; within `run_script` they stay.
+
+    Decorates a command's `main`, which a notebook or someone's script may call.
+    """
+    former = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in former.items():
+            if not _in_script and handler is not None:  # None: not of Python
+                signal.signal(signum, handler)
+
+
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run `main` and leave the process; a `UserError` ends in one line and exit code 2.
 
     Processes that have not joined yet usually all meet the same mistake. The first to leave makes
     the launcher end the others, so each waits its turn to speak.
     """
+    global _in_script
+    _in_script = True
     if signal.getsignal(signal.SIGINT) is _leave_while_loading:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     make_unfailing()
@@ -145,6 +172,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         if rank() == 0:
             print("=> interrupted: no file is left unfinished", file=sys.stderr)
         leave(130)
+    finally:  # of a notebook's %run
+        _in_script = False
 
 
 def _refuse(mistake: str) -> NoReturn:
@@ -208,8 +237,15 @@ def unblock_signals() -> None:
 
 
 def rank() -> int:
-    """This process's number among those that a launcher has started."""
-    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
+    """This process's number among those that a launcher has started.
+
+    A number without their count is left over from an earlier launch: 0, as for a single process.
+    """
+    for number, count in {**RANKS, **SRUN_RANKS}.items():
+        with contextlib.suppress(KeyError, ValueError):
+            if 0 <= (own := int(os.environ[number])) < int(os.environ[count]):
+                return own
+    return 0
 
 
 def _store() -> Any:

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -28,6 +28,7 @@ SMALL = 128  # pixels a side; larger images are decoded by worker processes in e
 PROBES = 64  # files whose headers tell whether a dataset's images are small
 BATCH = 64  # images; all workers' batches fit the 64 MB of shared memory that containers have
 MOST_NAMED = 1000  # bad files in one message
+DECODING = 2  # raised when a file's pixels become others: no older cache is used
 NOT_THE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)  # faults of the machine
 
 
@@ -36,7 +37,7 @@ class BadImageError(Exception):
 
 
 def open_image(path: str) -> Image.Image:
-    """Decode an image file to RGB, as the original does.
+    """Decode an image file to RGB, 8 bits a channel.
 
     Raises:
         BadImageError: the file is missing, empty, truncated, damaged or not an image.
@@ -44,12 +45,34 @@ def open_image(path: str) -> Image.Image:
     try:
         # PIL warns of odd EXIF blocks, once for every file.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            return image.convert("RGB")
+            return _to_8_bits(image).convert("RGB")
     # A damaged file raises what its parser happened to meet: struct.error, EOFError, KeyError, …
     except Exception as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_FILES:
             raise
         raise BadImageError(path) from error
+
+
+def _is_deep(mode: str) -> bool:
+    """Whether it is one of PIL's modes for more than 8 bits, all of them grey: I, I;16, F, …"""
+    return mode.startswith(("I", "F"))
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale pixels of more than 8 bits, which PIL would clip to white.
+
+    16 bits lose the lower 8, as PIL does itself to colour images. 32-bit numbers do not say what
+    white is: 1 in floats up to 1, 255 up to 255, else 65,535. (PIL gives PGM files 65,535.)
+    """
+    if not _is_deep(image.mode):
+        return image
+    grey = image.convert("F")
+    largest: Any = grey.getextrema()[1]
+    if image.mode == "F" and largest <= 1:
+        grey = grey.point(lambda value: value * 255 + 0.5)
+    elif image.mode.startswith("I;16") or image.format == "PPM" or largest > 255:
+        grey = grey.point(lambda value: value / 256)
+    return grey.convert("L")
 
 
 def _describe(error: BadImageError) -> str:
@@ -132,24 +155,33 @@ def refuse_bad_images(
     raise UserError("an image could not be read, but all can now: check the disk")
 
 
-def small_side(paths: Sequence[str]) -> int | None:
-    """The side of the images when they are small squares of one size, else None.
-
-    Reads the headers of a sample of files. Fewer than a tenth of them may have another size, so
-    that a stray does not decide how all others are read.
-    """
-    sizes: Counter[tuple[int, int]] = Counter()
+def _headers(paths: Sequence[str]) -> Iterator[tuple[tuple[int, int], str]]:
+    """(width, height) and PIL's mode of a sample of files."""
     for path in _sample(paths):
         try:
             with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-                sizes[image.size] += 1
+                yield image.size, image.mode
         except Exception:
             continue  # decoding will name it
+
+
+def small_side(paths: Sequence[str]) -> int | None:
+    """The side of the images when they are small squares of one size, else None.
+
+    Fewer than a tenth of a sample may have another size, so that a stray does not decide how all
+    others are read.
+    """
+    sizes = Counter(size for size, _ in _headers(paths))
     if not sizes:
         return None
     (width, height), count = sizes.most_common(1)[0]
     is_common = count > 0.9 * sizes.total()
     return width if is_common and width == height <= SMALL else None
+
+
+def deep_modes(paths: Sequence[str]) -> list[str]:
+    """PIL's modes for more than 8 bits among a sample of the images, which are scaled to 8."""
+    return sorted({mode for _, mode in _headers(paths) if _is_deep(mode)})
 
 
 def decoded_images(root: Path, paths: Sequence[str], side: int, workers: int) -> torch.Tensor:
@@ -208,7 +240,7 @@ def _fingerprint(root: Path, paths: Sequence[str], side: int) -> str:
         stamps += [hashlib.sha256(Path(path).read_bytes()).digest() for path in _sample(paths)]
     except OSError:  # a link to nowhere or no permission, which decoding will name
         pass
-    return _digest(side, stamps)
+    return _digest(DECODING, side, stamps)
 
 
 def _sample(paths: Sequence[str]) -> Sequence[str]:

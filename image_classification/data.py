@@ -26,7 +26,7 @@ from engine.cli import UserError
 from engine.seeds import derive_seed, seed_generators
 from engine.stop import has_temporary_folder, leave_signals_to_parent, start_workers
 from image_classification.augment import Crops, draw_crops, normalise, resize, resized_crop
-from image_classification.cache import decoded_images, open_image, small_side
+from image_classification.cache import decoded_images, deep_modes, open_image, small_side
 from image_classification.folders import Split, find_images
 from image_classification.settings import DEFAULT
 from image_classification.sources import resolve
@@ -93,6 +93,7 @@ class ImageData(NamedTuple):
     image_size: int  # side, in pixels, of the images that a model is to see
     train: DecodedImages | ImageFiles
     val: DecodedImages | ImageFiles
+    notes: Sequence[str] = ()  # lines on what its owner may not expect
 
 
 def load_dataset(
@@ -112,7 +113,9 @@ def load_dataset(
         raise UserError(
             "worker processes need a temporary folder: TMPDIR=/a/folder names one, -j 0 has none"
         )
-    root, classes, train, val = find_images(resolve(name, download))
+    root, classes, train, val, notes = find_images(resolve(name, download))
+    if deep := deep_modes(train.paths + val.paths):
+        notes.append(f"=> {root}: pixels of more than 8 bits ({', '.join(deep)}) are scaled to 8")
     # One cache holds both splits, so they need the same side.
     sides = {small_side(train.paths), small_side(val.paths)}
     side = sides.pop() if len(sides) == 1 else None
@@ -121,7 +124,7 @@ def load_dataset(
     if side is None:
         train_files = ImageFiles(train, image_size, seed, train=True)
         val_files = ImageFiles(val, image_size, seed, train=False)
-        return ImageData(root, classes, image_size, train_files, val_files)
+        return ImageData(root, classes, image_size, train_files, val_files, notes)
     paths = train.paths + val.paths
     images = decoded_images(root, paths, side, min(workers, os.cpu_count() or 1))
     first, rest = images.split([len(train.paths), len(val.paths)])
@@ -131,6 +134,7 @@ def load_dataset(
         image_size,
         DecodedImages(first, torch.tensor(train.targets), train.paths),
         DecodedImages(rest, torch.tensor(val.targets), val.paths),
+        notes,
     )
 
 
@@ -154,7 +158,9 @@ def find_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
     how = "decoded by workers" if isinstance(data.train, ImageFiles) else "decoded in memory"
     accelerator.print(
         f"=> {data.root}: {len(data.train)} training and {len(data.val)} "
-        f"validation images of {len(data.classes)} classes, {how}"
+        f"validation images of {len(data.classes)} classes, {how}",
+        *data.notes,
+        sep="\n",
     )
     return data
 

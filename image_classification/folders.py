@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from engine.cli import UserError
 
@@ -26,6 +28,7 @@ class ImageFolders(NamedTuple):
     classes: list[str]  # sorted, so Tiny-ImageNet's class 0 is n01443537
     train: Split
     val: Split
+    notes: list[str]  # lines on what its owner may not expect
 
 
 def find_images(root: Path) -> ImageFolders:
@@ -61,7 +64,8 @@ def _find_images(root: Path) -> ImageFolders:
     if not classes:
         raise UserError(f"dataset {root}: train/ holds no class folders")
     positions = {name: i for i, name in enumerate(classes)}
-    train = _list_classes(root / "train", positions)
+    left_out: Counter[str] = Counter()
+    train = _list_classes(root / "train", positions, left_out)
 
     val, images = root / "val", root / "val" / "images"
     sorted_into = {val: _folders(val)}
@@ -69,7 +73,7 @@ def _find_images(root: Path) -> ImageFolders:
     if "images" not in classes and images.is_dir():
         sorted_into[val].remove("images")
         sorted_into[images] = _folders(images)
-        there = (path.name for path in images.iterdir() if not path.name.startswith(HIDDEN))
+        there = _shown(os.listdir(images))  # noqa: PTH208
         flat = sorted(filter(is_image_file, there))
     # Scripts that sort the validation images often leave an empty val/images behind.
     found = [f"class folders in {place}" for place, names in sorted_into.items() if names]
@@ -80,16 +84,38 @@ def _find_images(root: Path) -> ImageFolders:
             "folders in val/ or in val/images/, or images there and val/val_annotations.txt"
         )
     if flat:
-        return ImageFolders(root, classes, train, _list_annotated(images, flat, positions))
-    place, names = next(item for item in sorted_into.items() if item[1])
-    if unknown := [name for name in names if name not in positions]:
-        raise UserError(
-            f"dataset {root}: {place.relative_to(root)}/ has {len(unknown)} class(es) that train/ "
-            f"lacks: {', '.join(map(_visible, unknown[:5]))}"
+        left_out.update(map(_ending, itertools.filterfalse(is_image_file, there)))
+        split = _list_annotated(images, flat, positions)
+    else:
+        place, names = next(item for item in sorted_into.items() if item[1])
+        if unknown := [name for name in names if name not in positions]:
+            raise UserError(
+                f"dataset {root}: {place.relative_to(root)}/ has {len(unknown)} class(es) that "
+                f"train/ lacks: {', '.join(map(_visible, unknown[:5]))}"
+            )
+        split = _list_classes(place, {name: positions[name] for name in names}, left_out)
+    return ImageFolders(root, classes, train, split, _notes(root, classes, left_out))
+
+
+def _notes(root: Path, classes: list[str], left_out: Counter[str]) -> list[str]:
+    notes = []
+    if left_out:
+        most = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common(5))
+        notes.append(
+            f"=> {root}: {left_out.total()} file(s) left out: {most}"
+            + (", …" if len(left_out) > 5 else "")
+            + f" (images end in {', '.join(IMG_EXTENSIONS)})"
         )
-    return ImageFolders(
-        root, classes, train, _list_classes(place, {name: positions[name] for name in names})
-    )
+    prefix = classes[0].rstrip("0123456789")
+    numbers = [name.removeprefix(prefix) for name in classes]
+    if all(map(str.isdecimal, numbers)) and numbers != (ordered := sorted(numbers, key=int)):
+        first = next(i for i, number in enumerate(numbers) if number != ordered[i])
+        more = ", …" if len(classes) > 5 else ""
+        notes.append(
+            f"=> {root}: classes are sorted as text: {', '.join(classes[:5])}{more}: class {first} "
+            f"is `{classes[first]}`"
+        )
+    return notes
 
 
 def _visible(name: str) -> str:
@@ -97,8 +123,16 @@ def _visible(name: str) -> str:
     return name if name.isascii() else f"{name} ({ascii(name)[1:-1]})"
 
 
+def _shown(names: list[str]) -> list[str]:
+    return [name for name in names if not name.startswith(HIDDEN)]
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without an ending"  # noqa: PTH122 (Path is slow)
+
+
 def _folders(folder: Path) -> list[str]:
-    found = sorted(name for name in os.listdir(folder) if not name.startswith(HIDDEN))  # noqa: PTH208
+    found = sorted(_shown(os.listdir(folder)))  # noqa: PTH208
     for name in found:
         _refuse_broken_link(folder / name)
     return [name for name in found if (folder / name).is_dir()]
@@ -109,23 +143,25 @@ def _refuse_broken_link(path: Path) -> None:
         raise UserError(f"{path}: a link to {path.readlink()}, which is missing")
 
 
-def _list_classes(folder: Path, positions: dict[str, int]) -> Split:
-    def is_valid(path: str) -> bool:
-        parts = path[len(str(folder)) + 1 :].split(os.sep)  # noqa: PTH206 (Path is slow)
-        if any(part.startswith(HIDDEN) for part in parts):
-            return False
-        if not is_image_file(path):
-            _refuse_broken_link(Path(path))  # to a folder, which may hold images
-        return bool(is_image_file(path))
-
-    for name in positions:
-        for _ in os.walk(folder / name, onerror=_raise, followlinks=True):
-            pass  # make_dataset leaves out what it cannot read
-    samples = make_dataset(folder, positions, is_valid_file=is_valid, allow_empty=True)
-    split = Split([path for path, _ in samples], [target for _, target in samples])
-    found = {*split.targets}
-    if empty := [name for name, position in positions.items() if position not in found]:
-        raise UserError(f"{folder / empty[0]}: holds no images ({', '.join(IMG_EXTENSIONS)})")
+def _list_classes(folder: Path, positions: dict[str, int], left_out: Counter[str]) -> Split:
+    """The images of classes, in ImageFolder's order; counts the endings of all other files."""
+    split = Split([], [])
+    for name, position in positions.items():
+        found: list[tuple[str, str]] = []
+        for place, folders, files in os.walk(folder / name, onerror=_raise, followlinks=True):
+            folders[:] = _shown(folders)
+            for file in _shown(files):
+                if is_image_file(file):
+                    found.append((place, file))
+                elif file != f"{name}_boxes.txt":  # Tiny-ImageNet's own
+                    _refuse_broken_link(Path(place, file))  # to a folder, which may hold images
+                    left_out[_ending(file)] += 1
+        if not found:
+            raise UserError(f"{folder / name}: holds no images ({', '.join(IMG_EXTENSIONS)})")
+        split.paths.extend(f"{place}{os.sep}{file}" for place, file in sorted(found))
+        split.targets.extend([position] * len(found))
+    loose = filter(is_image_file, _shown(os.listdir(folder)))  # noqa: PTH208
+    left_out.update(f"{_ending(name)} beside the class folders" for name in loose)
     return split
 
 

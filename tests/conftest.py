@@ -6,9 +6,8 @@ from collections.abc import Iterator
 import pytest
 from processes import end, guard, marked, servers
 
-# Threads that wait for each other sleep. As long as they spin, a step of a small model takes a
-# hundred times as long on a machine with anything else to do.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# As the commands set it for themselves: many processes here are forks of one with torch loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time: each process gets one thread
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 MARK = guard()

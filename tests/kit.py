@@ -201,7 +201,7 @@ def differing(one: Path, other: Path) -> list[str]:
     for curve in curves:
         curve.pop(MEASURED, None)
     contents = [{**read(path), "best_file": ""} for path in (one, other)]  # a name, and no bits
-    return [*differences(*contents), *differences(curves[0], curves[1], "curve ")]
+    return [*differences(contents[0], contents[1]), *differences(curves[0], curves[1], "curve ")]
 
 
 def same_bits(one: Path, other: Path) -> None:

@@ -163,3 +163,29 @@ def test_two_jobs_on_one_node_do_not_collide(slurm: Slurm, corpus: Path, tmp_pat
     assert [job["JobState"] for job in jobs] == ["RUNNING", "RUNNING"]
     assert [job.wait_for_end() for job in jobs] == ["COMPLETED", "COMPLETED"], jobs[0].describe()
     same_bits(tmp_path / "a" / "model.checkpoint.pt", tmp_path / "b" / "model.checkpoint.pt")
+
+
+def test_a_warned_task_of_an_array_goes_on_and_its_neighbours_are_left_alone(
+    slurm: Slurm, corpus: Path, tmp_path: Path
+) -> None:
+    """The last task, whose own number is that of the whole array; all on one node."""
+    options = "--array 1-3 --nodelist n1 --ntasks-per-node 2 --cpus-per-task 1"
+    flags = ("--epochs", EPOCHS, "--resume", "auto")
+    for number in ("1", "2", "3"):
+        (tmp_path / number).mkdir()
+    array = train(slurm, corpus, tmp_path / "%a", options, *flags).number
+    tasks = [Job(slurm, f"{array}_{i}", tmp_path / f"{i}" / "job.log") for i in (1, 2, 3)]
+    for task in tasks:
+        task.wait_for_output("end of epoch   1")
+    # scontrol would show the whole array under that number.
+    numbers = {task["JobId"] for task in tasks}
+    assert array in numbers and len(numbers) == 3
+    warned = next(task for task in tasks if task["JobId"] == array)
+    slurm.run("scancel", "--signal=USR1", warned.number)
+    assert [task.wait_for_end(300) for task in tasks] == ["COMPLETED"] * 3, warned.describe()
+    restarts = [task["Restarts"] for task in tasks]
+    assert restarts == ["1" if task is warned else "0" for task in tasks], warned.describe()
+    assert warned.output().count("=> loaded checkpoint") == 1
+    for other in ("2", "3"):
+        ended = [tmp_path / name / "model.checkpoint.pt" for name in ("1", other)]
+        same_bits(*ended)

@@ -49,7 +49,7 @@ def test_a_container_is_stopped_started_again_and_ends_with_the_bits_of_one_run(
     out = stopped.communicate(timeout=PATIENCE)[0]
     places = re.findall(r"=> (epoch \d+, step \d+): saved to", out)
     assert len(places) == 1, out
-    assert stopped.returncode != 0
+    assert stopped.returncode == 75
     ended = container(tmp_path, "lm_main.py", *flags)
     out = ended.communicate(timeout=PATIENCE)[0]
     assert ended.returncode == 0, out
@@ -57,9 +57,19 @@ def test_a_container_is_stopped_started_again_and_ends_with_the_bits_of_one_run(
     assert len(END.findall(log.read_text())) == 1
 
     assert run("lm_main.py", "--data", "set", *flags, cwd=tmp_path).code == 0
-    (tmp_path / "output" / "logs" / "lm_main").rename(tmp_path / "output" / "model.logs")
     same_bits(tmp_path / "model.checkpoint.pt", tmp_path / "output" / "model.checkpoint.pt")
     assert list((tmp_path / "home").iterdir()) == []
+
+    refused = container(tmp_path, "lm_main.py", *flags, "--model", "GRU")
+    (line,) = refused.communicate(timeout=PATIENCE)[0].splitlines()[-1:]
+    assert re.match(r"lm_main.py: error: \S+model.checkpoint.pt has model LSTM, not GRU: ", line)
+    assert refused.returncode == 2
+    assert log.read_text().endswith(f"{line}\n")
+    save = tmp_path / "output" / "gru.pt"
+    another = container(tmp_path, "lm_main.py", *flags, "--model", "GRU", "--save", str(save))
+    out = another.communicate(timeout=PATIENCE)[0]
+    assert another.returncode == 0, out
+    assert list(save.with_suffix(".logs").glob("events*"))
 
 
 def test_a_container_uses_every_gpu_that_it_sees(tmp_path: Path) -> None:

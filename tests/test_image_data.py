@@ -10,9 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from kit import REAL_DATA, image, make_dataset
+from kit import REAL_DATA, image, make_dataset, run
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -22,7 +23,7 @@ from engine.cli import UserError
 from image_classification import cache
 from image_classification import data as image_data
 from image_classification import sources as image_sources
-from image_classification.cache import BadImageError, refuse_bad_images, small_side
+from image_classification.cache import BadImageError, open_image, refuse_bad_images, small_side
 from image_classification.data import ImageLoader
 from image_classification.folders import find_images
 from image_classification.settings import TINY_IMAGENET
@@ -446,3 +447,106 @@ def test_annotations_may_have_a_mark_and_names_that_are_no_utf8(tmp_path: Path) 
     annotations.write_bytes(b"\xef\xbb\xbf" + content)
     val = find_images(root).val
     assert val.targets[[Path(path).name for path in val.paths].index(odd)] == 4 % 3
+
+
+SIXTEEN = [0, 255, 256, 257, 32896, 65535]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "values", "mode", "expected"),
+    [
+        ("grey.png", "uint8", [0, 7, 255], "L", [0, 7, 255]),
+        ("deep.png", "uint16", SIXTEEN, "I;16", [0, 0, 1, 1, 128, 255]),
+        ("deep.tif", ">u2", SIXTEEN, "I;16B", [0, 0, 1, 1, 128, 255]),
+        ("dark.pgm", "uint16", [0, 100, 200], "I", [0, 0, 0]),
+        ("wide.tif", "int32", [-9, *SIXTEEN, 10**6], "I", [0, 0, 0, 1, 1, 128, 255, 255]),
+        ("bytes.tif", "int32", [-9, 0, 7, 255], "I", [0, 0, 7, 255]),
+        ("unit.tif", "float32", [-1, 0, 0.5, 1], "F", [0, 0, 128, 255]),
+        ("floats.tif", "float32", [-1, 0, 1.5, 255], "F", [0, 0, 1, 255]),
+        ("large.tif", "float32", SIXTEEN, "F", [0, 0, 1, 1, 128, 255]),
+    ],
+)
+def test_pixels_of_more_than_8_bits_are_scaled(
+    name: str, kind: str, values: list[float], mode: str, expected: list[int], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    Image.fromarray(np.array([values], kind)).save(path)
+    with Image.open(path) as raw:
+        assert raw.mode == mode
+    decoded = open_image(str(path))
+    assert decoded.mode == "RGB"
+    assert np.asarray(decoded)[0].tolist() == [[value] * 3 for value in expected]
+
+
+@pytest.mark.parametrize("side", [32, 160])
+def test_what_an_owner_may_not_expect_is_one_line_each_at_every_start(
+    side: int, tmp_path: Path
+) -> None:
+    """Small images, whose second start finds them decoded, and large ones."""
+    root = make_dataset(tmp_path / "set", "plain", classes=3, side=side)
+    for part in ("train", "val"):
+        for i, name in enumerate(("1", "10", "2")):
+            (root / part / f"n0000000{i}").rename(root / part / name)
+    for path in root.glob("*/*/*.JPEG"):
+        grey = np.asarray(Image.open(path).convert("L")).astype(np.uint16)
+        Image.fromarray(grey * 257).save(path.with_suffix(".png"))
+        path.unlink()
+    for name in ("2/a.jfif", "10/b.JFIF", "10/deep/c.avif", "1/notes", "1/1_boxes.txt", "d.png"):
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(root / "val" / "1" / "val_0.png", root / "train" / name)
+    for name in ("1/.DS_Store", "10/._e.jfif", "2/@eaDir/f.avif", ".cache/g.heic"):
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        (root / "train" / name).touch()
+    flags = (root, "-e", "--image-size", 32, "--stem", "stock", "-j", 0)
+    for is_first in (True, False):
+        out = run("resnet_main.py", *flags, cwd=tmp_path).out
+        assert ("=> decoding" in out) == (is_first and side == 32)
+        assert out[out.index(f"=> {root}: 24 training") :].splitlines()[1:4] == [
+            f"=> {root}: 5 file(s) left out: 2 .jfif, 1 without an ending, 1 .avif, 1 .png beside "
+            "the class folders (images end in .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, "
+            ".webp)",
+            f"=> {root}: classes are sorted as text: 1, 10, 2: class 1 is `10`",
+            f"=> {root}: pixels of more than 8 bits (I;16) are scaled to 8",
+        ]
+    images = load(root).val
+    if isinstance(images, image_data.DecodedImages):
+        deep = np.asarray(Image.open(images.paths[0]))
+        assert images.images[0, 1].tolist() == (deep >> 8).tolist()
+
+
+def test_an_ordinary_dataset_and_a_cache_of_other_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_dataset(tmp_path / "set", classes=3)
+    (root / "train" / "n00000001" / "n00000001_boxes.txt").touch()
+    (root / "val" / "images" / ".DS_Store").touch()
+    monkeypatch.setattr(cache, "DECODING", cache.DECODING - 1)
+    load(root)
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert load(root).notes == []
+    assert "=> decoding" in capsys.readouterr().out
+    (root / "val" / "images" / "x.heic").touch()
+    assert [note.split(" (")[0] for note in load(root).notes] == [
+        f"=> {root}: 1 file(s) left out: 1 .heic"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("classes", "line"),
+    [
+        (["0", "1", "2", "9"], None),
+        (["01", "02", "10"], None),
+        (["a10", "b2"], None),
+        ([str(i) for i in range(12)], "0, 1, 10, 11, 2, …: class 2 is `10`"),
+        (["class_8", "class_9", "class_10"], "class_10, class_8, class_9: class 0 is `class_10`"),
+    ],
+)
+def test_numbered_classes_in_another_order_than_their_numbers(
+    classes: list[str], line: str | None, tmp_path: Path
+) -> None:
+    for part, name in itertools.product(("train", "val"), classes):
+        (tmp_path / part / name).mkdir(parents=True)
+        (tmp_path / part / name / "x.png").touch()
+    expected = [f"=> {tmp_path}: classes are sorted as text: {line}"] if line else []
+    assert find_images(tmp_path).notes == expected

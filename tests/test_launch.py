@@ -141,6 +141,49 @@ def test_what_the_kit_does_not_understand_of_a_launcher_is_refused(tmp_path: Pat
     assert run("lm_main.py", *TINY, cwd=tmp_path, env=harmless).code == 0
 
 
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ("RANK=", "RANK is '', and not a whole number: `unset RANK`"),
+        ("WORLD_SIZE=", "WORLD_SIZE is '', and not a whole number: `unset WORLD_SIZE`"),
+        ("LOCAL_RANK=x", "LOCAL_RANK is 'x', and not a whole number: `unset LOCAL_RANK`"),
+        ("PMI_SIZE=2.0", "PMI_SIZE is '2.0', and not a whole number: `unset PMI_SIZE`"),
+        ("MASTER_PORT=a", "MASTER_PORT is 'a', and not a whole number: `unset MASTER_PORT`"),
+        ("RANK=3", "RANK=3 without a WORLD_SIZE: `unset RANK`, if"),
+        ("LOCAL_RANK=0", "LOCAL_RANK=0 without a WORLD_SIZE: `unset LOCAL_RANK`, if"),
+        ("OMPI_COMM_WORLD_RANK=1", "OMPI_COMM_WORLD_RANK=1 without a WORLD_SIZE: `unset OMPI_"),
+        ("WORLD_SIZE=4", "WORLD_SIZE=4 without a RANK: `unset WORLD_SIZE`, if"),
+        ("WORLD_SIZE=4 MASTER_ADDR=::1", "WORLD_SIZE=4 without a RANK: `unset WORLD_SIZE`, if"),
+        ("RANK=0 WORLD_SIZE=4", "RANK=0 WORLD_SIZE=4 without a MASTER_ADDR: `unset RANK WORLD_SI"),
+        ("RANK=3 WORLD_SIZE=1", "RANK=3 WORLD_SIZE=1 is no place among the processes: `unset RA"),
+    ],
+)
+def test_what_an_earlier_launch_has_left_over_is_named(
+    variables: str, line: str, tmp_path: Path
+) -> None:
+    env = dict(pair.split("=") for pair in variables.split())
+    began = time.monotonic()
+    assert line in error_line(run("lm_main.py", *TINY, cwd=tmp_path, env=env))
+    assert time.monotonic() - began < 20  # rank 3 waits 30 seconds for its turn to speak
+
+
+def test_one_of_one_process_trains(tmp_path: Path) -> None:
+    """As a platform that numbers its containers starts it."""
+    env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    assert run("lm_main.py", *TINY, cwd=tmp_path, env=env).code == 0
+
+
+@pytest.mark.parametrize("script", ["resnet_main.py", "lm_main.py", "lm_generate.py"])
+def test_flags_are_written_out_and_the_old_launcher_has_one_of_its_own(
+    script: str, tmp_path: Path
+) -> None:
+    """A batch script looks for the whole --resume."""
+    line = error_line(run(script, "--res", "old.pt", cwd=tmp_path))
+    assert "unrecognized arguments: --res" in line
+    for flag in (["--local-rank=0"], ["--local_rank", "0"]):
+        assert "launch with torchrun" in error_line(run(script, *flag, cwd=tmp_path))
+
+
 def several(count: int, port: int, **env: str) -> list[dict[str, str]]:
     """The variables with which a launcher starts `count` processes."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
@@ -314,7 +357,7 @@ def test_help_and_mistaken_flags_do_not_wait_for_torch(script: str, tmp_path: Pa
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: {script} ")
     assert "examples:" in out
-    assert answer("--help", RANK="3") == (0, "", "")
+    assert answer("--help", RANK="3", WORLD_SIZE="4") == (0, "", "")
     code, out, err = answer("--no-such-flag")
     assert (code, out) == (2, "")
     assert err.startswith(f"{script}: error: ")
@@ -368,3 +411,56 @@ def test_gloo_takes_the_interface_that_nccl_would(monkeypatch: pytest.MonkeyPatc
         ):
             monkeypatch.setenv("NCCL_SOCKET_IFNAME", asked)
             assert find_interface() == expected, (main, asked)
+
+
+@pytest.mark.parametrize("variable", ["", "OMP_WAIT_POLICY=ACTIVE", "GOMP_SPINCOUNT=7"])
+def test_waiting_threads_spin_briefly_unless_told_otherwise(variable: str, tmp_path: Path) -> None:
+    """Set before torch, whose libgomp reads it once; a stub of torch tells."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    stub = f"import os\nraise SystemExit(str([os.environ.get(name) for name in {names}]))"
+    (tmp_path / "torch.py").write_text(stub)
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    env |= dict([variable.split("=")] if variable else []) | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(KIT / "resnet_main.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    expected = {"": [None, "1000"], names[0]: ["ACTIVE", None], names[1]: [None, "7"]}
+    assert done.stderr == f"{expected[variable.split('=')[0]]}\n"
+
+
+CALLED = """
+import os, signal, sys
+import lm_main
+from engine import stop
+
+def handlers():
+    return [signal.getsignal(signum) for signum in stop.STOP_SIGNALS]
+
+def attempt(*flags):
+    try:
+        lm_main.main([*sys.argv[1:], *flags])
+        how = "returned"
+    except BaseException as error:
+        how = type(error).__name__
+    print(how, handlers() == before, flush=True)
+
+def stopped(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(*args)
+
+evaluate = lm_main.evaluate
+signal.signal(signal.SIGTERM, lambda *_: None)
+before = handlers()
+attempt()
+attempt("--no-such-flag")
+lm_main.evaluate = stopped
+attempt()
+lm_main.evaluate = evaluate
+stop.run_script(attempt)
+"""
+
+
+def test_a_main_that_is_called_leaves_no_signal_handlers_behind(tmp_path: Path) -> None:
+    (tmp_path / "called.py").write_text(CALLED)
+    result = run(str(tmp_path / "called.py"), *TINY, cwd=tmp_path, env=PROBE)
+    said = [line for line in result.out.splitlines() if line.endswith(("True", "False"))]
+    assert said == ["returned True", "UserError True", "Stopped True", "returned False"], result
