@@ -370,11 +370,12 @@ class Run:
                 self.writer.wait()
                 # The first process to leave makes the launcher end the others.
                 self.accelerator.wait_for_everyone()
+            # True after the last epoch, too: --resume auto goes on from the file.
+            stopped.is_saved = self.has_trained and self.latest.is_file()
+            if self.writer is not None and stopped.is_saved:
                 self.accelerator.print(
                     f"=> epoch {self.epoch}, step {self.step}: saved to {self.latest}"
                 )
-            # True after the last epoch, too: --resume auto goes on from the file.
-            stopped.is_saved = self.has_trained and self.latest.is_file()
             raise
 
     def end_of_training_steps(self) -> Means:

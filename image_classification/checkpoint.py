@@ -213,11 +213,10 @@ def _read_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
     The original's has learning rate, momentum and weight decay in its optimizer.
     """
-    optimizer = checkpoint.value("optimizer", dict) or {"param_groups": [{}]}
     try:
-        group = dict(optimizer["param_groups"][0])
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise checkpoint.error("its optimizer has no settings: damaged") from error
+        group = dict(checkpoint["optimizer"]["param_groups"][0])
+    except (KeyError, IndexError, TypeError, ValueError):
+        group = {}  # of another kind, which a resumed run will refuse
     group["lr"] = group.get("initial_lr")
     return {name: checkpoint.get(name, group.get(name)) for name in SETTINGS}
 
