@@ -65,7 +65,6 @@ class Run:
     theirs: Path = Path()  # the best epoch of the run that wrote `resumed`
     is_own: bool = False  # whether `resumed` is one of `files`
     is_best: bool = False  # whether `resumed` is itself the best epoch
-    has_trained: bool = False  # whether `training` has begun
     locks: Sequence[IO[str] | None] = ()  # open files, on the main process
     carried: list[list[float]] | None = None  # sums of the epoch that `resumed` has begun
     writer: Writer | None = None  # within `training`
@@ -251,7 +250,7 @@ class Run:
         Args:
             contents: what the job adds to a checkpoint; every process calls it.
         """
-        self.contents, self.has_trained = contents, True
+        self.contents = contents
         self.curves = Curves(self.accelerator, self.log_dir, self.number)
         if self.accelerator.is_main_process:
             # Relative: a run can be moved together with its curves.
@@ -265,6 +264,8 @@ class Run:
                 self.check(is_last=True)
         finally:
             self.writer = None
+            # For a signal in what follows: --resume auto finds the run that has ended.
+            self.preemption.is_saved = self.latest.is_file()
 
     def _carry_best(self) -> None:
         """When the run goes on from another place, take its best epoch along."""
@@ -370,12 +371,11 @@ class Run:
                 self.writer.wait()
                 # The first process to leave makes the launcher end the others.
                 self.accelerator.wait_for_everyone()
-            # True after the last epoch, too: --resume auto goes on from the file.
-            stopped.is_saved = self.has_trained and self.latest.is_file()
-            if self.writer is not None and stopped.is_saved:
-                self.accelerator.print(
-                    f"=> epoch {self.epoch}, step {self.step}: saved to {self.latest}"
-                )
+                stopped.is_saved = self.latest.is_file()
+                if stopped.is_saved:
+                    self.accelerator.print(
+                        f"=> epoch {self.epoch}, step {self.step}: saved to {self.latest}"
+                    )
             raise
 
     def end_of_training_steps(self) -> Means:

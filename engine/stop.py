@@ -58,11 +58,10 @@ _in_script = False  # within `run_script`
 class Stopped(BaseException):
     """A signal, `signum`, asked the run to end; like KeyboardInterrupt no ordinary exception."""
 
-    is_saved = False  # whether there is a checkpoint to go on from
-
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, is_saved: bool = False) -> None:
+        """`is_saved`: whether there is a checkpoint to go on from."""
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
+        self.signum, self.is_saved = signum, is_saved
 
 
 def _leave_while_loading(signum: int, frame: FrameType | None) -> None:
@@ -298,6 +297,7 @@ class Preemption:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.signum, self.since, self.is_deferred = 0, 0.0, False
+        self.is_saved = False  # whether the run has a checkpoint to go on from
         self.group: Any = None
         self.pending: Any = None  # the flag that was sent last, and the handle of its sending
         if accelerator.num_processes > 1:
@@ -327,7 +327,7 @@ class Preemption:
         if not self.signum:
             self.signum, self.since = signum, time.monotonic()
             if not self.is_deferred:
-                raise Stopped(signum)
+                raise Stopped(signum, self.is_saved)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -363,7 +363,7 @@ class Preemption:
         if agreed:
             # This process's own signal may still be on its way: it is the same request.
             self.signum, self.since = agreed, time.monotonic()
-            raise Stopped(agreed)
+            raise Stopped(agreed, self.is_saved)
 
 
 def start_workers(loader: DataLoader[T]) -> Iterator[T]:

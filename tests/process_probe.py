@@ -9,6 +9,7 @@ process_probe.py slow …            resnet_main.py with these flags and slow wo
 process_probe.py shm SIZE …        resnet_main.py with these flags and a /dev/shm of its own
 process_probe.py follow …          resnet_main.py with these flags and `small_model`; leaves in
                                    steps.pt what the run was after every step
+process_probe.py final …          lm_main.py with these flags, stopped after its last epoch
 process_probe.py best ACC1,… …     resnet_main.py with these flags, `small_model`, and these
                                    accuracies for its epochs
 """
@@ -16,6 +17,7 @@ process_probe.py best ACC1,… …     resnet_main.py with these flags, `small_m
 import ctypes
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -175,8 +177,20 @@ def give_accuracies() -> None:
     run_script(lambda: resnet_main.main(sys.argv[3:]))
 
 
+def stop_in_the_final_test() -> None:
+    take_best = lm_main.take_best
+
+    def take_it_and_stop(*args: Any) -> None:
+        take_best(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    patch.object(lm_main, "take_best", take_it_and_stop).start()
+    run_script(lambda: lm_main.main(sys.argv[2:]))
+
+
 PROBES = {
     **{"same": same, "kill": kill, "compile": count_compilations},
+    "final": stop_in_the_final_test,
     **{"slow": start_slowly, "shm": give_shared_memory, "follow": follow, "best": give_accuracies},
 }
 

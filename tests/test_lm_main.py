@@ -266,6 +266,28 @@ def test_ctrl_c_tests_the_best_weights_and_the_run_can_go_on_to_the_same_bits(
     assert list(differences(*best)) == []
 
 
+def test_a_run_that_is_stopped_in_its_final_test_goes_on_there(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "set")
+    flags = ("--data", "set", *TINY, "--epochs", 1)
+    stopped = run("tests/process_probe.py", "final", *flags, cwd=tmp_path, env=PROBE)
+    assert stopped.code == STOPPED, stopped
+    assert f"stopped by SIGTERM, exit code {STOPPED}: --resume auto goes on" in stopped.out
+    again = run("lm_main.py", *flags, "--resume", "auto", cwd=tmp_path)
+    assert again.code == 0, again
+    assert len(EPOCH.findall(stopped.out)) == 1 and not EPOCH.findall(again.out)
+    assert END.findall(again.out)
+
+
+def test_a_clip_of_nothing_clips_nothing(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "set", train=500)
+    flags = ("--data", "set", *TINY, "--lr", 0.1, "--epochs", 1, "--clip")
+    for clip in (0, 1e9):
+        done = run("lm_main.py", *flags, clip, "--save", f"{clip}/model.pt", cwd=tmp_path)
+        assert done.code == 0, done
+    ended = (read(tmp_path / f"{clip}" / "model.pt")["state_dict"] for clip in (0, 1e9))
+    assert list(differences(*ended)) == []
+
+
 def test_ctrl_c_before_the_first_epochs_end_tests_the_last_weights(tmp_path: Path) -> None:
     make_corpus(tmp_path / "set", train=20_000)
     (tmp_path / "model.pt").write_text("of another run")
