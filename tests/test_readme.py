@@ -118,7 +118,8 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
 def test_a_pages_commands_are_parsed(
     page: Path, parsing: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for words in filter(None, commands(page.read_text())):
+    text = page.read_text().replace("%a", "1")  # as the first task of an array gets it
+    for words in filter(None, commands(text)):
         if (found := script_of(words)) and "--help" not in words:
             parse(*found, monkeypatch)
 
