@@ -19,6 +19,8 @@ from engine.stop import check_flags, run_script  # before what is slow: see ther
 
 import argparse
 import csv
+import math
+import os
 import re
 import shutil
 from collections import Counter
@@ -45,8 +47,8 @@ def make_parser() -> ArgumentParser:
     add("-a", "--arch", nargs="+", metavar="ARCH",
         help="architecture of a bare state dict, or of each checkpoint")
     add("--stem", nargs="+", choices=STEMS, help="likewise for a ResNet's stem")
-    add("--image-size", type=positive_int, metavar="PX",
-        help="for a checkpoint that does not say; else what is usual for such images")
+    add("--image-size", nargs="+", type=positive_int, metavar="PX",
+        help="likewise for the images; else what is usual for such images")
     add("-b", "--batch-size", default=256, type=positive_int, metavar="N", help="images at a time")
     add("-j", "--workers", default=4, type=non_negative_int, metavar="N",
         help="worker processes that decode images")
@@ -63,16 +65,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 
-from engine.checkpoints import load
+from engine.checkpoints import Checkpoint
 from engine.files import check_writable, refuse_clashes, writing
 from engine.launch import build_accelerator
 from image_classification.cache import BadImageError, open_image, refuse_bad_images
-from image_classification.checkpoint import count_classes, refuse_other_classes, restore_model
+from image_classification.checkpoint import count_classes, load, refuse_other_classes, restore_model
 from image_classification.data import ImageData, ImageLoader, load_dataset
 
 CSV, SHEET = "disagreements.csv", "contact_sheet.png"
 # All that a run writes: a folder that holds anything else is not replaced.
-OWN = re.compile(rf"\d+_(a\d+_b\d+|([ab]_)?misclassified_to_\d+)_.+|{CSV}|{SHEET}")
+OWN = re.compile(rf"\d+_(a\d+_b\d+|([ab]_)?misclassified_to_\d+)_.+|{CSV}|{SHEET}", re.DOTALL)
 
 SHEET_MOST, SHEET_COLUMNS = 200, 8  # images
 HEAD, THUMBNAIL, LABEL = 42, 120, 46  # pixels
@@ -93,12 +95,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     wanted = (1, 2) if args.misclassified else (2,)
     if len(args.checkpoints) not in wanted:
         parser.error(f"{' or '.join(map(str, wanted))} checkpoints wanted, before the flags")
-    for flag in ("arch", "stem"):
+    for flag in ("arch", "stem", "image_size"):
         given = getattr(args, flag) or [None]
         if len(given) == 1:
             given = given * len(args.checkpoints)
         if len(given) != len(args.checkpoints):
-            parser.error(f"--{flag}: one, or one for each checkpoint")
+            parser.error(f"--{flag.replace('_', '-')}: one, or one for each checkpoint")
         setattr(args, flag, given)
     args.output_dir = args.output_dir.resolve()
     return args
@@ -120,8 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{paths[0]} has {counts[0]} classes and {paths[1]} {counts[1]}: they cannot be "
             "compared"
         )
-    # None where neither the checkpoint nor the flag says: the data decides.
-    sizes = [content.value("image_size", int) or args.image_size for content in contents]
+    sizes = [
+        find_size(content, asked) for content, asked in zip(contents, args.image_size, strict=True)
+    ]
     if not Path(args.data).exists() and args.data != "sample":
         raise UserError(f"{args.data} is missing, and this script downloads nothing: name --data")
     with accelerator.local_main_process_first():
@@ -150,6 +153,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BadImageError as error:
         processes = accelerator.num_processes
         refuse_bad_images(error, data.root, data.val.paths, args.workers, processes)
+    for content, answers in zip(contents, said, strict=True):
+        if not all(math.isfinite(probability) for _, probability in answers):
+            raise content.error(
+                "its weights give no finite outputs: the training diverged; use an earlier "
+                "checkpoint"
+            )
     if accelerator.is_main_process:
         which = ", ".join(f"{i} {names[i]}" for i in sorted(chosen))
         print(f"=> all {len(chosen)} classes" if "all" in args.classes else f"=> classes {which}")
@@ -160,6 +169,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             for row, *answers in zip(rows, *said, strict=True)
         ]
         report(verdicts, data, names, args)
+
+
+def find_size(content: Checkpoint, asked: int | None) -> int | None:
+    """The checkpoint's image size, else the one asked for; where neither says, the data decides."""
+    own: int | None = content.value("image_size", int)
+    if asked and own and asked != own:
+        raise UserError(f"{content.path} has image size {own}, not {asked}: leave the flag out")
+    return own or asked
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -249,18 +266,23 @@ def report(
     models = "ab"[: len(args.checkpoints)]
     right = [[v.predictions[m] == v.target for v in verdicts] for m in range(len(models))]
     found: list[tuple[float, str, Verdict]] = []  # how sure the models are, name of the copy
+    taken: set[str] = set()
+    # Windows lacks pathconf.
+    most = os.pathconf(args.output_dir.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     if args.misclassified:
         for m, model in enumerate(models):
             which = f"{model}_" if len(models) > 1 else ""
             for v, correct in zip(verdicts, right[m], strict=True):
                 if not correct:
-                    name = f"{v.target}_{which}misclassified_to_{v.predictions[m]}_{v.path.name}"
+                    story = f"{v.target}_{which}misclassified_to_{v.predictions[m]}"
+                    name = copy_name(story, v.path, taken, most)
                     found.append((v.probabilities[m], name, v))
     else:
         for v in verdicts:
             a, b = v.predictions
             if a != b:
-                found.append((sum(v.probabilities), f"{v.target}_a{a}_b{b}_{v.path.name}", v))
+                name = copy_name(f"{v.target}_a{a}_b{b}", v.path, taken, most)
+                found.append((sum(v.probabilities), name, v))
     found.sort(key=lambda entry: (-entry[0], entry[1]))
     write([(v, name) for _, name, v in found], data, names, args)
 
@@ -282,6 +304,26 @@ def report(
     both = args.misclassified and len(models) == 2
     share = f" ({wrong[0]} that a gets wrong, {wrong[1]} that b does)" if both else ""
     print(f"=> {args.output_dir}/: {len(found)} images{share}, {CSV}, {SHEET}")
+
+
+def copy_name(story: str, path: Path, taken: set[str], most: int) -> str:
+    """`story`_NAME for a copy of the image at `path`; a number tells those of one name apart.
+
+    Args:
+        taken: names given so far, in small letters, which are all that some file systems tell.
+        most: bytes that the file system takes; a longer name is cut.
+    """
+    number, end = 1, path.suffix
+    while True:
+        stem = f"{story}_{path.stem}"
+        while stem and len(os.fsencode(stem + end)) > most:
+            stem = stem[:-1]
+        name = f"{stem}{end}"
+        if name.casefold() not in taken:
+            taken.add(name.casefold())
+            return name
+        number += 1
+        end = f"_{number}{path.suffix}"
 
 
 def readable_names(data: ImageData) -> list[str]:
@@ -306,7 +348,7 @@ def write(
     """
     folder: Path = args.output_dir
     previous = folder.with_name(f".{folder.name}.previous")
-    columns = ["file", "true_class", "wnid", "name"]
+    columns = ["file", "source", "true_class", "wnid", "name"]
     for model in "ab"[: len(args.checkpoints)]:
         columns += [f"{model}_prediction", f"{model}_name", f"{model}_probability"]
     try:
@@ -321,7 +363,8 @@ def write(
                 table.writerow(columns)
                 for verdict, name in chosen:
                     t = verdict.target
-                    row: list[object] = [name, t, data.classes[t], names[t]]
+                    source = verdict.path.relative_to(data.root)
+                    row: list[object] = [name, source, t, data.classes[t], names[t]]
                     for p, sure in zip(verdict.predictions, verdict.probabilities, strict=True):
                         row += [p, names[p], f"{sure:.6f}"]
                     table.writerow(row)

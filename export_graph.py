@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli import ArgumentParser, filename, pathname
+from engine.cli import ArgumentParser, UserError, filename, pathname, positive_int
 from image_classification.settings import DEFAULT
 from word_language_model.settings import MODELS
 
@@ -37,6 +37,8 @@ def make_parser() -> ArgumentParser:
     which.add_argument("-a", "--arch", metavar="ARCH", help="any classifier")
     add("--checkpoint", type=pathname, metavar="PATH",
         help="the model that it holds, of resnet_main.py or lm_main.py; -a for a bare state dict")
+    add("--image-size", type=positive_int, metavar="PX",
+        help=f"that a classifier takes, else its checkpoint's, else {DEFAULT.image_size}")
     add("--format", choices=FORMATS, help="else the output's, else pdf")
     add("--output", type=filename, metavar="PATH", help="else MODEL_arch.FORMAT")
     add("--show-shapes", action="store_true",
@@ -56,6 +58,7 @@ from torch import nn
 
 from engine import checkpoints
 from engine.files import check_outputs, writing
+from image_classification.checkpoint import as_classifier
 from image_classification.checkpoint import restore_model as restore_classifier
 from image_classification.model import build_model as build_classifier
 from image_classification.settings import default_spec
@@ -64,6 +67,7 @@ from word_language_model.model import LanguageModel
 from word_language_model.model import build_model as build_language_model
 from word_language_model.settings import ModelSpec
 
+MANY_NODES = 1000  # resnet50 has 499
 # lm_main.py's defaults, and the words of WikiText-2.
 LM_SPEC = ModelSpec(
     "Transformer", words=33_278, emsize=200, nhid=200, nlayers=2, nhead=2, tied=False
@@ -76,9 +80,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.checkpoint and args.model:
         parser.error("argument --checkpoint: not allowed with argument --model")
 
-    suffix = args.output.suffix[1:] if args.output else ""
-    file_format = args.format or (suffix if suffix in FORMATS else "pdf")
-    name, model, output = trace(args.model or "Transformer", args.arch, args.checkpoint)
+    suffix = args.output.suffix[1:].lower() if args.output else ""
+    if suffix and not args.format and suffix not in FORMATS:
+        parser.error(f"--output {args.output}: give --format, or a name in .{', .'.join(FORMATS)}")
+    if suffix in FORMATS and args.format not in (None, suffix):
+        parser.error(f"--output {args.output} would be a file of --format {args.format}")
+    file_format = args.format or suffix or "pdf"
+    kind = args.model or "Transformer"
+    name, model, output = trace(kind, args.arch, args.checkpoint, args.image_size)
     path = args.output or Path(f"{name.lower()}_arch.{file_format}")
     outputs = [("--output", output) for output in {path, path.with_suffix(".gv")}]
     check_outputs(outputs, inputs=[("--checkpoint", args.checkpoint)] if args.checkpoint else [])
@@ -92,6 +101,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         show_saved=args.show_shapes,
     )
     graph.attr(label=f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    edges = sum("->" in line for line in graph.body)
+    nodes = len(graph.body) - edges
+    if nodes > MANY_NODES and file_format != "gv":
+        print(
+            f"=> {nodes:,} nodes and {edges:,} edges: dot takes seconds to arrange so many, and "
+            "minutes for a DenseNet's; --format gv writes them as they are"
+        )
     written, message = path, f"=> {path}"
     try:
         content = graph.source.encode() if file_format == "gv" else graph.pipe(file_format)
@@ -105,23 +121,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def trace(
-    kind: str, arch: str | None, checkpoint: Path | None
+    kind: str, arch: str | None, checkpoint: Path | None, image_size: int | None
 ) -> tuple[str, nn.Module, torch.Tensor]:
-    """Name, model and output: of one word for a language model, of one image for a classifier."""
+    """Name, model and output: of one word for a language model, of one image for a classifier.
+
+    Raises:
+        UserError: a checkpoint of something else than is asked for.
+    """
     model: nn.Module
     if checkpoint is not None:
         content = checkpoints.load(checkpoint)
         if "vocabulary" in content:
-            kind, arch = str(content.get("model")), None
+            kind = str(content.get("model"))
+            if arch is not None:
+                raise content.error(f"holds the language model {kind}, not a {arch}")
             model, _ = restore_language_model(content)
         else:
-            model, spec = restore_classifier(content, arch)
+            model, spec = restore_classifier(as_classifier(content), arch, image_size=image_size)
             arch = spec.arch
     elif arch is not None:
         spec = default_spec(arch)
+        spec = spec._replace(image_size=image_size or spec.image_size)
         model = build_classifier(spec)
     else:
         model = build_language_model(LM_SPEC._replace(model=kind), dropout=0.0)
+    if image_size is not None and arch is None:
+        raise UserError(f"--image-size is for classifiers, and a {kind} takes words")
     model.eval()  # dropout is no part of the architecture
     if arch is not None:
         return arch, model, model(torch.zeros(1, 3, spec.image_size, spec.image_size))

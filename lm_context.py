@@ -77,7 +77,9 @@ class Context(NamedTuple):
 
     name: str
     losses: dict[int, float]  # nats a word, by the number of words visible
-    influence: list[float]  # shares, of the word just before the prediction first
+    # Shares, of the word just before the prediction first. All are 0 where no word has any: an RNN
+    # of dead ReLUs.
+    influence: list[float]
     receptive_field: int  # 0 where the layers set no limit
 
     @property
@@ -87,8 +89,9 @@ class Context(NamedTuple):
 
     @property
     def effective(self) -> int:
-        """The smallest number of words with nearly the full loss."""
-        return next(n for n, loss in self.losses.items() if loss <= self.full * (1 + TOLERANCE))
+        """The smallest number of words with nearly the full loss; 0 if no word has influence."""
+        enough = (n for n, loss in self.losses.items() if loss <= self.full * (1 + TOLERANCE))
+        return next(enough) if any(self.influence) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -114,8 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         most = min(args.max_context, longest or args.max_context)
         name = kind if kinds.count(kind) == 1 else f"{kind} {checkpoint.path}"
         context = measure(accelerator, model, name, corpus.test, places, most)
-        if not all(map(math.isfinite, context.losses.values())):
-            raise checkpoint.error("its weights give no finite loss: the training diverged")
+        if not all(map(math.isfinite, [*context.losses.values(), *context.influence])):
+            raise checkpoint.error(
+                "its weights give no finite loss and gradients: the training diverged"
+            )
         contexts.append(context)
     if accelerator.is_main_process:
         report(contexts, len(places), args)
@@ -186,7 +191,7 @@ def measure(
     return Context(
         name,
         dict(zip(lengths, means, strict=True)),
-        (influence / influence.sum()).tolist(),
+        (influence / (influence.sum() or 1)).tolist(),
         model.receptive_field,
     )
 
@@ -241,30 +246,37 @@ def report(contexts: list[Context], count: int, args: argparse.Namespace) -> Non
 
 
 def findings(contexts: list[Context]) -> Iterator[str]:
-    """What the table and the influence say, in three sentences."""
+    """What the table and the influence say, a sentence each."""
+    seeing = [c for c in contexts if any(c.influence)]
+    for c in contexts:
+        if c not in seeing:
+            yield f"The predictions of the {c.name} depend on no word before."
     needs = [
         f"the {c.name} needs the last {c.effective} of {c.receptive_field or max(c.losses)}"
-        for c in contexts
+        for c in seeing
     ]
-    yield (
-        f"To come within {100 * TOLERANCE:g} % of its loss with all words visible, {listed(needs)}."
-    )
+    if needs:
+        yield (
+            f"To come within {100 * TOLERANCE:g} % of its loss with all words visible, "
+            f"{listed(needs)}."
+        )
     falls = [f"{c.losses[1] - c.full:.3f} nats for the {c.name}" for c in contexts]
     lowest = min(contexts, key=lambda c: c.full)
     yield (
         f"From one visible word to all of them the loss falls by {listed(falls)}; it ends lowest "
         f"for the {lowest.name}, at {lowest.full:.3f}."
     )
-    far = next((c.receptive_field for c in contexts if c.receptive_field), 7)
+    far = next((c.receptive_field for c in seeing if c.receptive_field), 7)
     shares = [
         f"{100 * sum(c.influence[far:]):.1f} % in the {c.name}"
         + " (its receptive field ends there)" * (c.receptive_field == far)
-        for c in contexts
+        for c in seeing
     ]
-    yield (
-        f"Of all influence on a prediction, words more than {far} places back have "
-        f"{listed(shares)}."
-    )
+    if shares:
+        yield (
+            f"Of all influence on a prediction, words more than {far} places back have "
+            f"{listed(shares)}."
+        )
 
 
 def listed(parts: list[str]) -> str:
@@ -275,14 +287,15 @@ def listed(parts: list[str]) -> str:
 def draw(contexts: list[Context]) -> Figure:
     """Losses by the words visible, and influence by distance, both with receptive fields."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, influence = figure.subplots(1, 2)
+    loss, influence = figure.subplots(1, 2, sharex=True)
     for number, context in enumerate(contexts):
         colour = f"C{number}"
         loss.plot([*context.losses], [*context.losses.values()], ".-", c=colour, label=context.name)
-        effective = context.effective
-        loss.plot([effective], [context.losses[effective]], "o", c=colour, ms=10, mfc="none")
+        for effective in {context.effective} & context.losses.keys():
+            loss.plot([effective], [context.losses[effective]], "o", c=colour, ms=10, mfc="none")
         shares = [share or float("nan") for share in context.influence]
-        influence.plot(range(1, 1 + len(shares)), shares, ".-", c=colour, ms=3, label=context.name)
+        name = context.name if any(context.influence) else f"{context.name}: none"
+        influence.plot(range(1, 1 + len(shares)), shares, ".-", c=colour, ms=3, label=name)
         for axes in (loss, influence) if context.receptive_field else ():
             axes.axvline(
                 context.receptive_field, c=colour, ls=":", label=f"{context.name}: receptive field"
@@ -290,7 +303,7 @@ def draw(contexts: list[Context]) -> Figure:
     loss.set(xlabel="words visible", ylabel="loss of the next word (nats)")
     loss.set_title("Loss by context; ring: effective context", fontsize="medium")
     influence.set(xlabel="words back", ylabel="share of all influence", yscale="log")
-    influence.set_ylim(bottom=1e-5)
+    influence.set_ylim(1e-5, 1)
     influence.set_title("Influence by distance", fontsize="medium")
     for axes in (loss, influence):
         axes.set_xscale("log", base=2)

@@ -194,8 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = prompt or [int(torch.randint(len(vocabulary), (1,), generator=generator))]
     with output(args.outf) as text:
         words = itertools.chain(prompt, generate(reader, start, generator, args))
+        count = len(prompt) + args.words
         for place, word in enumerate(words, 1):
-            text.write(vocabulary[word] + (" " if place % WORDS_A_LINE else "\n"))
+            text.write(vocabulary[word] + (" " if place % WORDS_A_LINE and place < count else "\n"))
             done = place - len(prompt) - 1
             if done >= 0 and done % args.log_interval == 0:
                 print(f"| Generated {done}/{args.words} words", file=report)

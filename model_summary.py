@@ -14,7 +14,10 @@ from engine.stop import check_flags, run_script  # before what is slow: see ther
 
 # isort: split
 
+import contextlib
+import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,14 +47,14 @@ if __name__ == "__main__":
 import torch
 import torchsummary
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet
 
-from engine.checkpoints import load
-from image_classification.checkpoint import restore_model
-from image_classification.model import build_model, meta_tensors
-from image_classification.settings import ModelSpec, default_spec
+from image_classification.checkpoint import load, restore_model
+from image_classification.model import build_model
+from image_classification.settings import ModelSpec, default_spec, has_stem
 
 # What the published table calls a ResNet's modules.
 RESNET_STAGES = {"conv1": "conv", "maxpool": "pool", "avgpool": "average pool", "fc": "classifier"}
@@ -66,17 +69,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.num_classes:
             parser.error("--num-classes: a checkpoint has its own")
         model, spec = restore_model(load(args.checkpoint), args.arch, args.stem, args.image_size)
-        for flag in ("arch", "stem"):
-            asked, found = getattr(args, flag), getattr(spec, flag)
-            if asked not in (None, found):
-                parser.error(f"{args.checkpoint} has {flag} {found}, not {asked}")
     else:
         spec = default_spec(args.arch or DEFAULT.arch)
-        if args.stem and spec.stem is None:
-            parser.error(f"--stem is for ResNets, and {spec.arch} is none")
         flags = {"stem": args.stem, "num_classes": args.num_classes, "image_size": args.image_size}
         spec = spec._replace(**{name: value for name, value in flags.items() if value})
         model = build_model(spec)
+    if args.stem and not has_stem(spec.arch):
+        parser.error(f"--stem is for ResNets, and {spec.arch} is none")
 
     summary = describe(model, spec)
     with product():
@@ -90,8 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def describe(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
     """The stages' sizes, the parameters, and the multiply-adds and activation bytes per image.
 
-    All of it comes from one forward pass on the meta device, which computes nothing but shapes.
-    `activation_bytes` is what autograd keeps in float32 for the backward pass, without weights.
+    All of it comes from one forward pass of fake tensors, which computes nothing but shapes. Unlike
+    those of the meta device they take the fused attention kernel, which keeps no product of queries
+    and keys. `activation_bytes` is what autograd keeps in float32 for the backward pass, without
+    weights.
     """
     stages: list[dict[str, Any]] = []
     hooks = []
@@ -103,7 +104,9 @@ def describe(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
 
         hooks.append(module.register_forward_hook(record))
 
-    tensors = meta_tensors(model)
+    fake = FakeTensorMode()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors: dict[str, torch.Tensor] = {name: fake.from_tensor(t) for name, t in named}
     weights = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -114,9 +117,9 @@ def describe(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
         return tensor
 
     batch = 2  # batch normalisation cannot train on one value per channel
-    images = torch.empty(batch, 3, spec.image_size, spec.image_size, device="meta")
     flops = FlopCounterMode(display=False)
-    with flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with fake, flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        images = torch.empty(batch, 3, spec.image_size, spec.image_size)
         functional_call(model.train(), tensors, (images,))
     for hook in hooks:
         hook.remove()
@@ -141,8 +144,13 @@ def _stages(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def print_layers(model: nn.Module, image_size: int) -> None:
-    """torchsummary's own table, from a forward pass on the CPU."""
-    hooks = []
+    """torchsummary's table of layers, from a forward pass on the CPU.
+
+    Its own parameters of a layer are `weight` and `bias`, which an attention has in other places.
+    Here a row has all parameters of its layer but those of another row. The totals below the table
+    are left out: they are of its own count, and of arithmetic that overflows.
+    """
+    hooks, called = [], []
     for module in model.modules():
         # torchsummary takes every input and output for a tensor. Attention returns None for
         # weights that were not asked for. A DenseNet's layer takes a list, or its concatenation.
@@ -150,10 +158,23 @@ def print_layers(model: nn.Module, image_size: int) -> None:
             hooks.append(module.register_forward_hook(lambda _m, _i, out: (out[0], out[0][:0])))
         else:
             hooks.append(module.register_forward_pre_hook(_concatenate))
-    with torch.no_grad():
+        if module is not model and not isinstance(module, (nn.Sequential, nn.ModuleList)):  # a row
+            hooks.append(module.register_forward_hook(lambda m, _i, _out: called.append(m)))
+    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()) as printed:
         torchsummary.summary(model.eval(), (3, image_size, image_size), device="cpu")
     for hook in hooks:
         hook.remove()
+    own: Counter[nn.Module] = Counter()
+    for name, parameter in model.named_parameters():
+        layer = name.rpartition(".")[0]
+        while layer and model.get_submodule(layer) not in called:
+            layer = layer.rpartition(".")[0]
+        own[model.get_submodule(layer)] += parameter.numel()
+    rule, title, double, *lines = printed.getvalue().splitlines()
+    print(rule, title, double, sep="\n")
+    for module, line in zip(called, lines, strict=False):
+        print(f"{line[:-15]}{own.pop(module, 0):>15,}")
+    print(double)
 
 
 def _concatenate(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.Tensor] | None:

@@ -7,25 +7,19 @@
 Image classifiers are trained in each way that the machine allows (a CPU with one process, with
 four and in bf16, one GPU, four), language models of three kinds once each. The commands and what
 they printed are in logs/. Interrupted, the same command goes on: what is done is not done again.
-A command that fails is named with its log, and the rest of the report still appears.
+What fails is named, a command with its log, and the rest of the report still appears.
 """
 
 from __future__ import annotations
 
-from engine.stop import (  # before what is slow: see there
-    EXIT_STOPPED,
-    STOP_SIGNALS,
-    Stopped,
-    check_flags,
-    leave,
-    run_script,
-)
+from engine import stop  # before what is slow: see there
 
 # isort: split
 
 import argparse
 import base64
 import contextlib
+import hashlib
 import json
 import mimetypes
 import os
@@ -36,20 +30,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from engine.cli import ArgumentParser, UserError, nonempty, pathname, positive_int
-
-
-def words_of_a_shell(text: str) -> str:
-    try:
-        shlex.split(text)
-    except ValueError as error:  # a quotation mark that is not closed
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
-    return text
 
 
 def make_parser() -> ArgumentParser:
@@ -60,11 +46,9 @@ def make_parser() -> ArgumentParser:
     add("--text", type=nonempty, default="sample", metavar="DIR", help="corpus for lm_main.py")
     add("--epochs", type=positive_int, default=4, metavar="N", help="of the image classifiers")
     add("--text-epochs", type=positive_int, default=4, metavar="N", help="of the language models")
-    add("--image-flags", type=words_of_a_shell,
-        default="--stem stock -b 32 --lr 0.02 --lr-schedule cosine --seed 1",
+    add("--image-flags", default="--stem stock -b 32 --lr 0.02 --lr-schedule cosine --seed 1",
         metavar="FLAGS", help="more flags of resnet_main.py")
-    add("--text-flags", type=words_of_a_shell, default="--seed 1111", metavar="FLAGS",
-        help="more flags of lm_main.py")
+    add("--text-flags", default="--seed 1111", metavar="FLAGS", help="more flags of lm_main.py")
     add("--output-dir", type=pathname, default=Path("output/report"), metavar="DIR",
         help="for report.md, report.html and all that the commands write")
     # fmt: on
@@ -72,7 +56,7 @@ def make_parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    check_flags(make_parser(), alone=True)
+    stop.check_flags(make_parser(), alone=True)
 
 
 import markdown
@@ -82,10 +66,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+import lm_main
+import resnet_main
 from diff_eval import SHEET
 from engine.files import check_writable, writing
 from engine.launch import emulates_bf16
+from image_classification.folders import find_images
 from lm_context import PICTURE as CONTEXT_PICTURE
+from word_language_model.data import corpus_files
 
 KIT = Path(__file__).resolve().parent
 TRAININGS = {
@@ -98,6 +86,9 @@ TRAININGS = {
 LANGUAGE_MODELS = {"Transformer": 5, "LSTM": 20, "CNN": 20}  # and their learning rates
 # Variables of a launcher, which may have started this script. Its commands must not see them.
 LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+# Flags of the trainings that are this script's to set, or whose files it would not find.
+OWN_FLAGS = {"data", "dummy", "model", "epochs", "evaluate", "dry_run", "resume", "overwrite"}
+OWN_FLAGS |= {"output_dir", "save", "log_dir", "onnx_export"}
 METRICS = {"Loss": 3, "Acc@1": 1, "Acc@5": 1}  # and their decimals
 STYLE = """
 body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
@@ -121,7 +112,7 @@ class Report:
         self.failures: list[str] = []  # of this call
         check_writable(self.folder, "--output-dir")
         settings = {key: value for key, value in vars(args).items() if key != "output_dir"}
-        self.state: dict[str, Any] = {"settings": settings, "steps": {}}
+        self.state: dict[str, Any] = {"settings": settings, "files": {}, "steps": {}}
         self.state_path = self.folder / "state.json"
         if not self.state_path.exists():
             if foreign := sorted(path.name for path in self.folder.iterdir()):
@@ -132,7 +123,7 @@ class Report:
             self.keep_state()
         try:
             self.state = json.loads(self.state_path.read_text())
-            before, _ = self.state["settings"], self.state["steps"]
+            before, known, _ = (self.state[key] for key in ("settings", "files", "steps"))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.state_path} is damaged or another program's: move it away"
@@ -143,6 +134,11 @@ class Report:
                     f"{self.folder} holds a report made with --{key.replace('_', '-')} "
                     f"{shlex.quote(str(found))}: repeat that, or choose another --output-dir"
                 )
+        for key, identity in identities(args).items():
+            if known.setdefault(key, identity) != identity:
+                raise UserError(
+                    f"{self.folder} is of other files in --{key}: choose another --output-dir"
+                )
 
     def keep_state(self) -> None:
         with writing(self.state_path) as temporary:
@@ -150,6 +146,16 @@ class Report:
 
     def add(self, *parts: str) -> None:
         self.sections += parts
+
+    def attempt(self, part: Callable[..., None], *args: object) -> None:
+        """Let `part` add to the page; what fails there is named, and the page goes on after it."""
+        try:
+            part(self, *args)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            title = next(text for text in reversed(self.sections) if text.startswith("#"))
+            self.failures.append(f"{title.strip('# ')}: {reason}")
+            self.add(f"**What belongs here failed: {reason}.**")
 
     def run(self, commands: Mapping[str, list[str]]) -> list[str]:
         """Run the commands that are not done, and show all; returns the successful ones' names.
@@ -182,6 +188,9 @@ class Report:
     def log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
 
+    def saved(self, model: str) -> Path:
+        return self.folder / f"{model.lower()}.pt"
+
     def output(self, name: str, start: str) -> str:
         """What a command said last, from the line that begins with `start`, without its files."""
         text = "\n" + self.log(name).read_text("utf-8", "replace")
@@ -196,6 +205,8 @@ class Report:
 
         def embed(match: re.Match[str]) -> str:
             path = self.folder / match[1]
+            if not path.is_file():
+                return match[0]
             kind = mimetypes.guess_type(path)[0]
             return f'src="data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"'
 
@@ -208,6 +219,30 @@ class Report:
                 encoding="utf-8",
             )
         return path
+
+
+def identities(args: argparse.Namespace) -> dict[str, str]:
+    """Tells the files of --data and --text that are there from others, by names and sizes."""
+    paths = {"data": [], "text": [path for _, path in corpus_files(args.text) if path.is_file()]}
+    if Path(args.data).exists():
+        found = find_images(Path(args.data))
+        paths["data"] = [Path(path) for path in found.train.paths + found.val.paths]
+    sizes = {key: [(str(path), path.stat().st_size) for path in paths[key]] for key in paths}
+    return {key: hashlib.sha256(repr(s).encode()).hexdigest()[:24] for key, s in sizes.items() if s}
+
+
+def refuse_own_flags(flag: str, text: str, training: ModuleType) -> None:
+    """Raise `UserError` unless `text`, which is of `flag`, is flags of `training` and not OWN."""
+    parser: ArgumentParser = training.make_parser()
+    parser.prog = f"{training.__name__}.py"
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # so that what is parsed is what is given
+    try:
+        given = vars(parser.parse_args(shlex.split(text), argparse.Namespace()))
+        for name in sorted(OWN_FLAGS & given.keys()):
+            raise ValueError(f"reproduce.py sets --{name.replace('_', '-')} itself: leave it out")
+    except (UserError, ValueError) as error:  # the latter also of a quotation mark not closed
+        raise UserError(f"{flag} {shlex.quote(text)}: {error}") from error
 
 
 def execute(command: list[str], log: Path) -> int:
@@ -238,7 +273,7 @@ def execute(command: list[str], log: Path) -> int:
                     progress.set_description_str(last[:90])
                     time.sleep(0.2)
             return process.returncode
-        except Stopped:
+        except stop.Stopped:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
             # A launcher ends at once, its training only after it has saved a checkpoint.
@@ -329,7 +364,7 @@ def add_sizes(report: Report) -> None:
 
 
 def add_trainings(report: Report) -> list[str]:
-    """Train in every way that the machine allows; returns the folders of the successful ones."""
+    """Train in every way that the machine allows; returns the names of the successful ones."""
     args = report.args
     bf16 = not emulates_bf16(torch.device("cpu"))
     gpus = torch.cuda.device_count()
@@ -342,8 +377,10 @@ def add_trainings(report: Report) -> list[str]:
     )
     if missing := [title for name, title in TRAININGS.items() if name not in allowed]:
         report.add(f"Not on this machine: {', '.join(missing)}.")
-    if not done:
-        return done
+    return done
+
+
+def add_curves(report: Report, done: list[str]) -> None:
     runs = {TRAININGS[name]: read_curves(report.folder / name / "logs") for name in done}
     report.add(
         draw_curves(runs, METRICS, report.pictures / "curves.png"),
@@ -360,15 +397,15 @@ def add_trainings(report: Report) -> list[str]:
         rows.append([title, *last_figures(curves), *cost])
     head = ["training", "best epoch (Acc@1)", *METRICS, "gap of Acc@1", "time", "images/s"]
     report.add(table(head, rows), over_fitting(runs))
-    return done
 
 
 def add_disagreements(report: Report, trained: list[str]) -> None:
     report.add("## 3. The images on which two of them disagree")
     first, last = (report.folder / name / "model_best.pth" for name in (trained[0], trained[-1]))
+    both, wrong = "Images with both models' predictions", "What the last of them gets wrong"
     if len(trained) > 1:
-        add_sheet(report, "disagreements", "Images with both models' predictions", first, last)
-    add_sheet(report, "misclassified", "What the last of them gets wrong", "--misclassified", last)
+        report.attempt(add_sheet, "disagreements", both, first, last)
+    report.attempt(add_sheet, "misclassified", wrong, "--misclassified", last)
 
 
 def add_sheet(report: Report, name: str, title: str, *flags: object) -> None:
@@ -384,24 +421,24 @@ def add_sheet(report: Report, name: str, title: str, *flags: object) -> None:
 
 
 def add_language_models(report: Report) -> list[str]:
-    """Train and sample the language models; returns those whose training was successful."""
-    args, folder = report.args, report.folder
+    """Train the language models; returns those whose training was successful."""
+    args = report.args
     config = "cpu" if emulates_bf16(torch.device("cpu")) else "cpu_bf16"
     if torch.cuda.is_available():
         config = "gpu1"
-    saves = {model: folder / f"{model.lower()}.pt" for model in LANGUAGE_MODELS}
     trainings = {}
     for model, lr in LANGUAGE_MODELS.items():
         flags = ["--data", args.text, "--model", model, "--lr", lr, "--epochs", args.text_epochs]
-        flags += [*shlex.split(args.text_flags), "--resume", "auto", "--save", saves[model]]
+        flags += [*shlex.split(args.text_flags), "--resume", "auto", "--save", report.saved(model)]
         trainings[model] = launched(config, "lm_main.py", *flags)
     report.add("## 4. Language models")
-    done = report.run(trainings)
-    if not done:
-        return done
+    return report.run(trainings)
+
+
+def add_text_curves(report: Report, done: list[str]) -> None:
     rows, runs = [], {}
     for model in done:
-        curves = runs[model] = read_curves(folder / f"{model.lower()}.logs")
+        curves = runs[model] = read_curves(report.saved(model).with_suffix(".logs"))
         valid, end = curves["Perplexity/val"], report.output(model, "| End of training")
         least = min(valid, key=lambda epoch: valid[epoch])
         test = re.findall(r"test ppl +(\S+)", end)[0]
@@ -411,18 +448,19 @@ def add_language_models(report: Report) -> list[str]:
     picture = draw_curves(runs, ["Loss"], report.pictures / "text_curves.png")
     report.add(table(head, rows), picture, over_fitting(runs))
     report.add("A text of each, drawn word by word:")
-    for model in done:
-        path = saves[model].with_suffix(".txt")
-        flags = ["--checkpoint", saves[model], "--words", 60, "--outf", path]
-        if report.run({f"{model} sample": script("lm_generate.py", *flags)}):
-            report.add(fenced(path.read_text("utf-8").replace("<eos>", "\n").strip()))
-    return done
+
+
+def add_text(report: Report, model: str) -> None:
+    path = report.saved(model).with_suffix(".txt")
+    flags = ["--checkpoint", report.saved(model), "--words", 60, "--outf", path]
+    if report.run({f"{model} sample": script("lm_generate.py", *flags)}):
+        report.add(fenced(path.read_text("utf-8").replace("<eos>", "\n").strip()))
 
 
 def add_graph(report: Report) -> None:
     report.add("## 5. The Transformer's graph")
     path = report.pictures / "transformer.svg"
-    flags = ["--checkpoint", report.folder / "transformer.pt", "--output", path]
+    flags = ["--checkpoint", report.saved("Transformer"), "--output", path]
     if report.run({"graph": script("export_graph.py", *flags)}):
         if path.exists():
             report.add(f"![The Transformer's autograd graph](report/{path.name})")
@@ -434,8 +472,8 @@ def add_graph(report: Report) -> None:
 
 def add_context(report: Report, models: list[str]) -> None:
     report.add("## 6. How do they differ in capturing context?")
-    paths = [report.folder / f"{model.lower()}.pt" for model in models]
-    flags = [*paths, "--data", report.args.text, "--output-dir", report.pictures]
+    flags = [*map(report.saved, models), "--data", report.args.text]
+    flags += ["--output-dir", report.pictures]
     if report.run({"context": script("lm_context.py", *flags)}):
         figures, findings = report.output("context", "Loss of ").split("\n\n")
         report.add(f"![Loss by context, influence by distance](report/{CONTEXT_PICTURE})")
@@ -444,14 +482,16 @@ def add_context(report: Report, models: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse(argv)
+    refuse_own_flags("--image-flags", args.image_flags, resnet_main)
+    refuse_own_flags("--text-flags", args.text_flags, lm_main)
     report = Report(args)
 
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Stopped(signum)
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise stop.Stopped(signum)
 
-    for signum in STOP_SIGNALS:
+    for signum in stop.STOP_SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup's
-            signal.signal(signum, stop)
+            signal.signal(signum, interrupt)
     gpus = torch.cuda.device_count()
     flags = [
         f"--{name.replace('_', '-')}={value}" for name, value in report.state["settings"].items()
@@ -464,24 +504,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         fenced(shlex.join([*script("reproduce.py"), *flags])),
     )
     try:
-        add_sizes(report)
+        report.attempt(add_sizes)
         if trained := add_trainings(report):
-            add_disagreements(report, trained)
-        models = add_language_models(report)
-        if "Transformer" in models:
-            add_graph(report)
-        if models:
-            add_context(report, models)
-    except Stopped as stopped:
+            report.attempt(add_curves, trained)
+            report.attempt(add_disagreements, trained)
+        if models := add_language_models(report):
+            report.attempt(add_text_curves, models)
+            for model in models:
+                report.attempt(add_text, model)
+            if "Transformer" in models:
+                report.attempt(add_graph)
+            report.attempt(add_context, models)
+    except stop.Stopped as stopped:
         print(f"=> {stopped}: the same command goes on from here")
-        leave(EXIT_STOPPED)
+        stop.leave(stop.EXIT_STOPPED)
     path = report.write()
     for failure in report.failures:
         print(f"=> {failure}")
     print(f"=> open {path}")
     if report.failures:
-        leave(1)
+        stop.leave(1)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    stop.run_script(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +39,11 @@ def load(path: Path) -> Checkpoint:
     Raises:
         UserError: what `checkpoints.load` refuses, and what is no classifier.
     """
-    checkpoint = checkpoints.load(path)
+    return as_classifier(checkpoints.load(path))
+
+
+def as_classifier(checkpoint: Checkpoint) -> Checkpoint:
+    """`load` of what has been read before."""
     if "vocabulary" in checkpoint:
         raise checkpoint.error(f"holds the language model {checkpoint.get('model')}, no classifier")
     state = checkpoint["state_dict"]
@@ -56,6 +61,12 @@ def load(path: Path) -> Checkpoint:
     references = getattr(checkpoint.get("args"), "model", None)
     if "arch" not in checkpoint and references in ARCHITECTURES:  # of torchvision's references
         checkpoint["arch"] = references
+    # A vision transformer has a place for each patch, and one for its class token.
+    places, patches = (state.get(n) for n in ("encoder.pos_embedding", "conv_proj.weight"))
+    if "image_size" not in checkpoint and places is not None and patches is not None:
+        if (places.dim(), patches.dim()) != (3, 4) or places.shape[1] < 2:
+            raise checkpoint.error("its position embedding is damaged")
+        checkpoint["image_size"] = patches.shape[3] * math.isqrt(places.shape[1] - 1)
     return checkpoint
 
 
@@ -133,10 +144,19 @@ def restore_model(
     """The model that a checkpoint holds, on the CPU, with its weights.
 
     Args:
-        arch, stem: for a checkpoint that does not say what it is.
+        arch, stem: for a checkpoint that does not say what it is; `stem` is for ResNets only.
         image_size: pixels a side, instead of the checkpoint's.
+
+    Raises:
+        UserError: what is asked for is not what the checkpoint says.
     """
     spec = read_spec(checkpoint, arch, stem)
+    for name, asked in (("arch", arch), ("stem", stem)):
+        found = getattr(spec, name)
+        if asked and found and asked != found:
+            raise UserError(
+                f"{checkpoint.path} has {name} {found}, not {asked}: leave the flag out"
+            )
     spec = spec._replace(image_size=image_size or spec.image_size)
     model = build_model(spec)
     load_weights(model, checkpoint, spec.arch)

@@ -79,9 +79,11 @@ def _find_images(root: Path) -> ImageFolders:
     found = [f"class folders in {place}" for place, names in sorted_into.items() if names]
     found += [f"images in {images}"] if flat else []
     if len(found) != 1:
+        is_flat = any(is_image_file(path.name) for path in val.iterdir())
+        nothing = "its images flat in val/, without classes" if is_flat else "no images in val/"
         raise UserError(
-            f"dataset {root}: has {' and '.join(found) or 'no images in val/'}; wanted are class "
-            "folders in val/ or in val/images/, or images there and val/val_annotations.txt"
+            f"dataset {root}: has {' and '.join(found) or nothing}; wanted are class folders in "
+            "val/ or in val/images/, or images in val/images/ and val/val_annotations.txt"
         )
     if flat:
         left_out.update(map(_ending, itertools.filterfalse(is_image_file, there)))

@@ -12,7 +12,7 @@ from kit import Result, error_line, launch, run
 from PIL import Image
 from torchvision import models
 
-from diff_eval import HEAD, THUMBNAIL, choose, drawable_names
+from diff_eval import HEAD, OWN, THUMBNAIL, choose, copy_name, drawable_names
 from engine.cli import UserError
 from image_classification.augment import MEAN, STD
 
@@ -96,6 +96,7 @@ def test_the_images_the_table_and_the_csv_are_those_known(folder: Path) -> None:
     with (folder / "diff" / "disagreements.csv").open() as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
     row = rows["1_a1_b0_2.png"]
+    assert row["source"] == "val/dog/2.png"
     assert (row["true_class"], row["wnid"], row["name"]) == ("1", "dog", "domestic dog")
     assert (row["a_prediction"], row["a_name"]) == ("1", "domestic dog")
     assert (row["b_prediction"], row["b_name"]) == ("0", "cat")
@@ -148,7 +149,7 @@ def test_misclassified_images_of_one_model_and_of_two(folder: Path) -> None:
     wrong |= {f"1_misclassified_to_0_{i}.png" for i in (0, 1)}
     assert copies(folder / "wrong") == wrong
     header = (folder / "wrong" / "disagreements.csv").read_text().splitlines()[0]
-    assert header == "file,true_class,wnid,name,a_prediction,a_name,a_probability"
+    assert header == "file,source,true_class,wnid,name,a_prediction,a_name,a_probability"
     assert " * a Acc@1 50.000 misclassified 5 of 10" in result.out
     # The surest first, in the table and on the sheet: the further from the threshold of 100.
     with (folder / "wrong" / "disagreements.csv").open() as file:
@@ -162,6 +163,69 @@ def test_misclassified_images_of_one_model_and_of_two(folder: Path) -> None:
     compare(folder, "--misclassified", "a.pth", "b.pth", "--output-dir", "wrong")
     assert len(copies(folder / "wrong")) == 10
     assert "1_b_misclassified_to_0_2.png" in copies(folder / "wrong")
+
+
+def test_a_copy_for_each_image_also_where_names_are_equal_or_long(folder: Path) -> None:
+    root = folder / "days"
+    long = f"{'e' * 251}.png"
+    for split in ("train", "val"):
+        for name in ("cat", "dog", "fox"):
+            for day in ("day1", "day2"):
+                (root / split / name / day).mkdir(parents=True)
+                level = 120 if day == "day1" else 130  # a says 1, b says 0
+                for image in ("0.png", long):
+                    path = root / split / name / day / image
+                    Image.new("RGB", (32, 32), (level, 0, 0)).save(path)
+    for _ in range(2):  # the second replaces the first
+        flags = ("a.pth", "b.pth", "--data", "days", "--output-dir", "days_out")
+        result = run("diff_eval.py", *flags, "--classes", "all", cwd=folder)
+        assert result.code == 0, result
+    assert "days_out/: 12 images, " in result.out
+    assert len(copies(folder / "days_out")) == 12
+    assert {"0_a1_b0_0.png", "0_a1_b0_0_2.png"} < copies(folder / "days_out")
+    with (folder / "days_out" / "disagreements.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["source"] for row in rows}) == 12
+    for row in rows:
+        original = (root / row["source"]).read_bytes()
+        assert (folder / "days_out" / row["file"]).read_bytes() == original
+
+
+def test_the_names_of_copies_differ_in_more_than_case_and_are_cut() -> None:
+    taken: set[str] = set()
+    names = [
+        copy_name("0_a1_b0", Path("v", name), taken, 16)
+        for name in (
+            "a.png",
+            "A.png",
+            "long name.png",
+            "long name 2.png",
+            "\u00e9\u00e9\u00e9.png",
+            "a\nb",
+        )
+    ]
+    assert names[:4] == ["0_a1_b0_a.png", "0_a1_b0_A_2.png", "0_a1_b0_long.png", "0_a1_b0_lo_2.png"]
+    assert names[4:] == ["0_a1_b0_\u00e9\u00e9.png", "0_a1_b0_a\nb"]
+    assert all(map(OWN.fullmatch, names))
+
+
+def test_a_flag_serves_a_checkpoint_that_does_not_say_and_no_other(folder: Path) -> None:
+    state = brightness_model(150)
+    named = {f"net.{name}": tensor for name, tensor in state.items()}  # as Lightning's
+    torch.save({"state_dict": named}, folder / "lightning.pth")
+    both = ("a.pth", "lightning.pth", "--image-size", 32, "--stem", "stock", "-a", "resnet18")
+    result = compare(folder, *both, "--output-dir", "lightning")
+    assert " * a Acc@1 50.000 b Acc@1 50.000 disagree 2 of 10" in result.out
+    for flags, message in {
+        ("-a", "resnet50"): "a.pth has arch resnet18, not resnet50: leave the flag out",
+        ("--stem", "stock", "cifar"): "b.pth has stem stock, not cifar: leave the flag out",
+        ("--image-size", "64"): "a.pth has image size 32, not 64: leave the flag out",
+        ("--image-size", "32", "64"): "b.pth has image size 32, not 64: leave the flag out",
+    }.items():
+        data = ("--data", "set", "--output-dir", "refused")
+        assert message in error_line(
+            run("diff_eval.py", "a.pth", "b.pth", *flags, *data, cwd=folder)
+        )
 
 
 def test_bare_state_dicts_and_four_processes_give_the_same(folder: Path) -> None:
@@ -183,6 +247,10 @@ def test_bad_input_is_one_line_and_touches_nothing(folder: Path) -> None:
     torch.save({"arch": "resnet18", "state_dict": state}, folder / "four.pth")
     other = {"arch": "resnet18", "state_dict": brightness_model(9), "classes": ["a", "b", "c"]}
     torch.save(other, folder / "other.pth")
+    content = torch.load(folder / "a.pth", weights_only=True)
+    content["state_dict"]["fc.weight"][0, 0] = torch.nan
+    torch.save(content, folder / "nan.pth")
+    torch.save({**content, "model": "LSTM", "vocabulary": ["a"]}, folder / "text.pth")
     for flags, message in {
         ("a.pth", "b.pth", "--output-dir", "mine"): "did not write (thesis.txt)",
         ("a.pth", "b.pth", "--output-dir", "a.pth"): "a.pth is the file of CHECKPOINT too",
@@ -190,6 +258,8 @@ def test_bad_input_is_one_line_and_touches_nothing(folder: Path) -> None:
         ("a.pth",): "2 checkpoints wanted",
         ("a.pth", "none.pth"): "none.pth: no such file",
         ("a.pth", "four.pth"): "a.pth has 3 classes and four.pth 4",
+        ("a.pth", "nan.pth"): "checkpoint nan.pth: its weights give no finite outputs",
+        ("a.pth", "text.pth"): "text.pth: holds the language model LSTM, no classifier",
         ("a.pth", "other.pth"): "other.pth: knows class a where the dataset has cat",
         ("a.pth", "b.pth", "--classes", "3"): "no class 3: the dataset has 0 to 2",
         ("a.pth", "b.pth", "--classes", "elk"): "no class elk",

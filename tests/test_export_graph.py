@@ -61,6 +61,10 @@ def test_a_graph_is_what_dot_draws(tmp_path: Path) -> None:
     assert flags == "-Kdot -Tsvg"
     assert graph.startswith("digraph {") and "rnn.weight_hh_l1" in graph
     assert not [*tmp_path.glob("*.gv")]
+    result = run("export_graph.py", "-a", "densenet121", "--format", "svg", cwd=tmp_path, env=path)
+    first, last = result.out.splitlines()
+    assert re.fullmatch(r"=> 1,\d{3} nodes and 1,\d{3} edges: dot takes .* minutes .*", first)
+    assert last == "=> densenet121_arch.svg"
 
 
 def test_without_dot_the_source_is_written(tmp_path: Path) -> None:
@@ -94,6 +98,8 @@ def test_checkpoints_and_shapes(tmp_path: Path) -> None:
     bare = ("--checkpoint", "bare.pth", "-a", "squeezenet1_1", "--format", "gv")
     assert run("export_graph.py", *bare, cwd=tmp_path).code == 0
     assert "features.3.squeeze.weight" in (tmp_path / "squeezenet1_1_arch.gv").read_text()
+    sized = ("-a", "inception_v3", "--image-size", 96, "--output", "inception.gv")
+    assert run("export_graph.py", *sized, cwd=tmp_path).code == 0
     assert "layer3.35.conv3.weight" in (tmp_path / "resnet152.gv").read_text()
     plain = (tmp_path / "gru.gv").read_text()
     assert "rnn.weight_ih_l0\n (12, 4)" in plain
@@ -105,6 +111,12 @@ def test_checkpoints_and_shapes(tmp_path: Path) -> None:
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("hello")
+    spec = ModelSpec("resnet18", "cifar", 5, 32)
+    state = image_model.build_model(spec).state_dict()
+    torch.save({**spec._asdict(), "state_dict": state}, tmp_path / "image.pth")
+    content = {**SMALL._asdict(), "vocabulary": [f"word{i}" for i in range(9)]}
+    content["state_dict"] = lm_model.build_model(SMALL, dropout=0.0).state_dict()
+    torch.save(content, tmp_path / "gru.pt")
     for flags, message in {
         ("--arch", "resnet19"): "did you mean",
         ("--model", "BERT"): "invalid choice: 'BERT'",
@@ -112,5 +124,12 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         ("--model", "GRU", "--resnet"): "not allowed with argument",
         ("--model", "GRU", "--checkpoint", "text.pt"): "not allowed with argument --model",
         ("--output", "text.pt/x.pdf"): "cannot write to",
+        ("--output", "x.pdf", "--format", "svg"): "--output x.pdf would be a file of --format svg",
+        ("--output", "x.jpg"): "--output x.jpg: give --format, or a name in .pdf, .svg, .png, .gv",
+        ("--resnet", "--image-size", "0"): "must be at least 1",
+        ("--image-size", "64"): "--image-size is for classifiers, and a Transformer takes words",
+        ("--arch", "maxvit_t", "--image-size", "64"): "use --image-size 224",
+        ("--arch", "resnet50", "--checkpoint", "image.pth"): "has arch resnet18, not resnet50",
+        ("--resnet", "--checkpoint", "gru.pt"): "gru.pt: holds the language model GRU, not a resn",
     }.items():
         assert message in error_line(run("export_graph.py", *flags, cwd=tmp_path))

@@ -134,6 +134,9 @@ def test_validation_images_lie_in_one_place(tmp_path: Path) -> None:
     shutil.rmtree(images)
     with pytest.raises(UserError, match="has no images in val/; wanted are class folders"):
         find_images(root)
+    shutil.copy(root / "train" / "n00000000" / "images" / "n00000000_0.JPEG", root / "val")
+    with pytest.raises(UserError, match="has its images flat in val/, without classes; wanted are"):
+        find_images(root)
 
 
 def test_the_images_of_a_class_are_those_of_imagefolder(tmp_path: Path) -> None:

@@ -110,6 +110,32 @@ def test_the_findings_are_those_of_the_figures() -> None:
     ]
 
 
+def test_a_dead_rnn_depends_on_no_word_and_leaves_no_nan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    vocabulary = load_corpus(str(make_corpus(tmp_path / "set"))).vocabulary
+    save("LSTM", tmp_path / "lstm.pt", vocabulary)
+    save("RNN_RELU", tmp_path / "dead.pt", vocabulary)
+    content = torch.load("dead.pt", weights_only=True)
+    for name, tensor in content["state_dict"].items():
+        if "bias_ih" in name:
+            tensor.fill_(-1000.0)
+    torch.save(content, "dead.pt")
+    flags = ("--data", "set", "--max-context", 4, "--words", 50)
+    for models in (("dead.pt",), ("dead.pt", "lstm.pt")):
+        result = run("lm_context.py", *models, *flags, cwd=tmp_path)
+        assert result.code == 0 and result.err == "", result
+        table = Path("context.csv").read_text()
+        assert "nan" not in result.out + table
+        assert "The predictions of the RNN_RELU depend on no word before.\n" in result.out
+        assert "the RNN_RELU needs" not in result.out and "in the RNN_RELU" not in result.out
+        assert ("the LSTM needs the last" in result.out) == (len(models) == 2)
+        assert "RNN_RELU,effective context,,0\n" in table
+        assert "RNN_RELU,influence,1,0.0\n" in table
+        assert Path("context.png").read_bytes().startswith(b"\x89PNG")
+
+
 def save(model: str, path: Path, vocabulary: list[str], weight: float = 0.5) -> None:
     torch.manual_seed(0)
     spec = SPEC._replace(model=model, words=len(vocabulary))

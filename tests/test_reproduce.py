@@ -20,6 +20,7 @@ from engine.cli import UserError
 from engine.stop import Stopped
 
 CHROMIUM = next(filter(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome")), "")
+IMAGE = "images/train/n00000001/images/n00000001_0.JPEG"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="200" height="200"/>'
 FLAGS = ["--data", "images", "--text", "text", "--epochs", "2", "--text-epochs", "1"]
 FLAGS += ["--image-flags=--image-size 32 --stem stock -b 8 --lr 0.01 --seed 1"]
@@ -50,7 +51,8 @@ def make_execute(executed: list[list[str]], broken: set[str]) -> Callable[[list[
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What was executed and reported where the CNN fails and dot is missing, and once both work."""
+    """What was executed and reported where the CNN fails and dot is missing, once both work, and
+    where no curve can be drawn and a sample has gone."""
     folder = tmp_path_factory.mktemp("report")
     make_dataset(folder / "images", train=4)
     make_corpus(folder / "text", test=250)
@@ -62,9 +64,16 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(reproduce, "emulates_bf16", lambda _device: True)
-        patch.setattr(reproduce, "leave", leave)
+        patch.setattr("engine.stop.leave", leave)
         patch.setattr(reproduce, "LANGUAGE_MODELS", {"Transformer": 5, "CNN": 20})
-        for name, broken in (("first", {"CNN"}), ("again", set())):
+        for name, broken in (("first", {"CNN"}), ("again", set()), ("third", set())):
+            if name == "third":
+                shutil.copytree("output", "good")
+                patch.setattr(
+                    reproduce, "draw_curves", lambda *_: reproduce.METRICS["no curve\nat all"]
+                )
+                Path("output/report/transformer.txt").unlink()
+                Path("output/report/report/context.png").unlink()
             executed: list[list[str]] = []
             patch.setattr(reproduce, "execute", make_execute(executed, broken))
             try:
@@ -76,8 +85,18 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             found[name] = Path("output/report/report.md").read_text()
             # What dot would draw, between the two reports.
             Path("output/report/report/transformer.svg").write_text(SVG)
+        shutil.rmtree("output")
+        Path("good").rename("output")
         with pytest.raises(UserError, match="holds a report made with --epochs 2: repeat that"):
             reproduce.main([*FLAGS, "--epochs", "3"])
+        for flag, path in (("text", "text/test.txt"), ("data", IMAGE)):
+            before = Path(path).read_bytes()
+            Path(path).write_bytes(before + b" ")
+            with pytest.raises(
+                UserError, match=f"output/report is of other files in --{flag}: choose"
+            ):
+                reproduce.main(FLAGS)
+            Path(path).write_bytes(before)
         with pytest.raises(
             UserError, match=r"text holds what this script did not write \(test.txt"
         ):
@@ -98,6 +117,17 @@ def test_a_failure_is_named_with_its_log_and_the_rest_appears(reports: dict[str,
     assert f"dot -Tsvg {folder}/transformer.gv -o {folder}/transformer.svg" in report
     assert "the Transformer needs the last " in report
     assert "the CNN" not in report
+
+
+def test_what_cannot_be_shown_is_named_and_the_rest_appears(reports: dict[str, str]) -> None:
+    report = reports["third"]
+    assert reports["third executed"] == ""
+    assert reports["third code"] == "1"
+    assert report.count("**What belongs here failed: KeyError: ") == 2  # of images, of text
+    assert "**What belongs here failed: FileNotFoundError: " in report  # the Transformer's text
+    for text in ("Parameters: 11,279,112", "\na right  ", "the Transformer needs the last "):
+        assert text in report
+    assert "curves.png" not in report and "](report/context.png)" in report
 
 
 def test_the_same_command_does_what_is_missing_and_nothing_else(reports: dict[str, str]) -> None:
@@ -211,7 +241,36 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "state.json").write_text("[]")
     for flags, message in (
-        (("--image-flags", 'a "b'), '--image-flags: a "b: No closing quotation'),
+        (("--image-flags", 'a "b'), "--image-flags 'a \"b': No closing quotation"),
+        (("--text-flags", "--log-dir X"), "'--log-dir X': reproduce.py sets --log-dir itself"),
         (("--output-dir", "out"), "out/state.json is damaged or another program's"),
     ):
         assert message in error_line(run("reproduce.py", *flags, cwd=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--image-flags=--output-dir X", "reproduce.py sets --output-dir itself: leave it out"),
+        ("--image-flags=-e", "sets --evaluate itself"),
+        ("--image-flags=X -b 9", "sets --data itself"),
+        ("--image-flags=--resume auto", "sets --resume itself"),
+        ("--image-flags=-b 0", "--image-flags '-b 0': argument -b/--batch-size: must be at least"),
+        ("--text-flags=--model GRU", "sets --model itself"),
+        ("--text-flags=--save=x.pt", "sets --save itself"),
+        ("--text-flags=--epochs 9", "sets --epochs itself"),
+        (
+            "--text-flags=--nhidden 9",
+            r"unrecognized arguments: --nhidden 9 \(see lm_main.py --help",
+        ),
+        ("--data=empty", "dataset empty: has no folder train/"),
+    ],
+)
+def test_flags_that_the_report_cannot_follow_are_refused_before_anything_is_run(
+    flag: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        reproduce.main([flag])
+    assert not [*tmp_path.glob("output/report/logs")]
