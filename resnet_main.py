@@ -323,8 +323,9 @@ def fit(
             if rate is not None:  # it is None for an epoch resumed after its last step
                 scalars["Throughput/train"] = rate
             run.end_of_epoch(scalars, val["Acc@1"])
-    if run.has_best:
-        accelerator.print(f"=> best Acc@1 {run.best_figure:.3f}: {run.best}")
+    if run.has_best and accelerator.is_main_process:
+        kept = run.best if run.holds_best(run.best) else "of an epoch that is not kept here"
+        print(f"=> best Acc@1 {run.best_figure:.3f}: {kept}")
     accelerator.print(f"=> curves: tensorboard --logdir {shlex.quote(str(run.log_dir))}")
 
 
