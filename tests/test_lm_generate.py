@@ -174,7 +174,7 @@ class RNNModel(torch.nn.Module):
         self.encoder = torch.nn.Embedding(WORDS, 8)
         self.rnn = torch.nn.GRU(8, 8, 3)
         self.decoder = torch.nn.Linear(8, WORDS)
-        self.rnn_type = "GRU"
+        self.rnn_type, self.nhid, self.nlayers = "GRU", 8, 3
 
 
 def test_a_model_of_the_original_is_refused_and_can_be_saved_again(
