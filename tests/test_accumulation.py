@@ -68,26 +68,23 @@ def test_images_with_normalisation_mixing_and_a_last_batch_that_is_padded(tmp_pa
     curves_alike(folders[0] / "logs", folders[1] / "logs", 1e-5)
 
 
-def test_what_four_processes_have_begun_goes_on_as_four_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "lr", "epochs"), [("LSTM", 1, 2), ("Transformer", 0.5, 1)])
+def test_language_models_with_dropout(model: str, lr: float, epochs: int, tmp_path: Path) -> None:
+    """In a second epoch one process goes on with what four have begun."""
     make_corpus(tmp_path / "set")
-    flags = (*TEXT, "--epochs", 1, "--save", "four/model.pt")
-    assert launch("cpu4.yaml", "lm_main.py", *flags, cwd=tmp_path).code == 0
-    more = ("--data", "set", "--resume", "four/model.checkpoint.pt", "--epochs", 2, "--save")
-    assert run("lm_main.py", *more, "on/model.pt", *PARTS, cwd=tmp_path).code == 0
-    assert launch("cpu4.yaml", "lm_main.py", *more, "four/model.pt", cwd=tmp_path).code == 0
-    alike(tmp_path / "on" / "model.checkpoint.pt", tmp_path / "four" / "model.checkpoint.pt", 1e-4)
-
-
-@pytest.mark.parametrize(("model", "lr"), [("LSTM", 1), ("Transformer", 0.5)])
-def test_language_models_with_dropout(model: str, lr: float, tmp_path: Path) -> None:
-    make_corpus(tmp_path / "set")
-    flags = (*TEXT, "--model", model, "--lr", lr, "--epochs", 2, "--save")
-    four = launch("cpu4.yaml", "lm_main.py", *flags, "four.pt", cwd=tmp_path)
-    assert four.code == 0, four
-    one = run("lm_main.py", *flags, "one.pt", *PARTS, cwd=tmp_path)
-    assert one.code == 0, one
-    alike(tmp_path / "one.checkpoint.pt", tmp_path / "four.checkpoint.pt", 1e-4)
-    curves_alike(tmp_path / "one.logs", tmp_path / "four.logs", 1e-5)
+    flags = (*TEXT, "--model", model, "--lr", lr, "--epochs", 1, "--save")
+    one, four, on = (tmp_path / name / "model.checkpoint.pt" for name in ("one", "four", "on"))
+    done = launch("cpu4.yaml", "lm_main.py", *flags, "four/model.pt", cwd=tmp_path)
+    assert done.code == 0, done
+    done = run("lm_main.py", *flags, "one/model.pt", *PARTS, cwd=tmp_path)
+    assert done.code == 0, done
+    alike(one, four, 1e-4)
+    curves_alike(one.with_name("model.logs"), four.with_name("model.logs"), 1e-5)
+    if epochs == 2:
+        more = ("--data", "set", "--resume", "four/model.checkpoint.pt", "--epochs", 2, "--save")
+        assert run("lm_main.py", *more, "on/model.pt", *PARTS, cwd=tmp_path).code == 0
+        assert launch("cpu4.yaml", "lm_main.py", *more, "four/model.pt", cwd=tmp_path).code == 0
+        alike(on, four, 1e-4)
 
 
 def test_an_accumulating_run_resumes_to_the_same_bits(tmp_path: Path) -> None:

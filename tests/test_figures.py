@@ -44,7 +44,7 @@ def best(folder: Path, path: str, data: str) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A, of which a run in a/ says that it has learnt it by heart, and B, with exchanged classes."""
+    """A, which a run in a/ claims to have learnt by heart, and B, whose classes are exchanged."""
     folder = tmp_path_factory.mktemp("learnt")
     shades(folder / "A", 1.0)
     shades(folder / "B", -1.0)
