@@ -9,6 +9,9 @@ process_probe.py slow …            resnet_main.py with these flags and slow wo
 process_probe.py shm SIZE …        resnet_main.py with these flags and a /dev/shm of its own
 process_probe.py follow …          resnet_main.py with these flags and `small_model`; leaves in
                                    steps.pt what the run was after every step
+process_probe.py fp16 COMMAND SCALE EPOCH STEP …
+                                   the command with these flags, in fp16 on a CPU with a loss scale
+                                   that begins at SCALE, killed once it has saved that
 process_probe.py best ACC1,… …     resnet_main.py with these flags, `small_model`, and these
                                    accuracies for its epochs
 """
@@ -85,6 +88,24 @@ def kill() -> None:
 
     checkpoints.save = save  # type: ignore[assignment]
     run_script(lambda: main(sys.argv[5:]))
+
+
+def train_in_fp16() -> None:
+    """What `build_accelerator` makes on a GPU without bf16, with the CPU in its place."""
+    command: Any = {"resnet_main.py": resnet_main, "lm_main.py": lm_main}[sys.argv[2]]
+    scale = float(sys.argv.pop(3))
+
+    def build_fp16(**options: bool) -> Accelerator:
+        accelerator = build_accelerator(**options)
+        accelerator.state._mixed_precision = "fp16"
+        accelerator.native_amp = True
+        # It grows soon, so that gradients overflow again and again.
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)
+        return accelerator
+
+    command.build_accelerator = build_fp16
+    patch.object(resnet_main, "build_model", build_small_model).start()
+    kill()
 
 
 def count_compilations() -> None:
@@ -178,6 +199,7 @@ def give_accuracies() -> None:
 PROBES = {
     **{"same": same, "kill": kill, "compile": count_compilations},
     **{"slow": start_slowly, "shm": give_shared_memory, "follow": follow, "best": give_accuracies},
+    **{"fp16": train_in_fp16},
 }
 
 if __name__ == "__main__":
