@@ -114,14 +114,15 @@ def build_accelerator(broadcast_buffers: bool = True) -> Accelerator:
         )
     if not wants_cpu and devices < asked_here and (launched or devices > 0):
         hiding = _hiding() and f" ({_hiding()})"
-        why = f"{devices} GPU(s){hiding}: launch with --num_processes {devices}"
+        how = f"--num_processes {devices}" if devices > 1 else "gpu1.yaml"
+        why = f"{devices} GPU(s){hiding}: launch with {how}"
         raise UserError(
             f"{asked_here} process(es) with a GPU each were asked for, and this machine shows "
             f"{why if devices else _why_no_gpu()}; or {ON_CPU}"
         )
     cpu = wants_cpu or devices == 0
     if not cpu and torch.cuda.is_available():
-        _refuse_unknown_gpu(get_int_from_env(["LOCAL_RANK"], 0) % devices)
+        _refuse_unknown_gpu(get_int_from_env(["LOCAL_RANK"], 0) % torch.cuda.device_count())
     if cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise UserError("fp16 needs a GPU: on a CPU launch with --mixed_precision bf16 or no")
     if asked > asked_here and "GLOO_SOCKET_IFNAME" not in os.environ:

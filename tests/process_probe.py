@@ -12,11 +12,14 @@ process_probe.py follow …          resnet_main.py with these flags and `small_
 process_probe.py fp16 COMMAND SCALE EPOCH STEP …
                                    the command with these flags, in fp16 on a CPU with a loss scale
                                    that begins at SCALE, killed once it has saved that
+process_probe.py share COMMAND EPOCH STEP …
+                                   `kill`, with as many processes as there are on one GPU
 process_probe.py best ACC1,… …     resnet_main.py with these flags, `small_model`, and these
                                    accuracies for its epochs
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import subprocess
@@ -28,10 +31,11 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 import lm_main
 import resnet_main
-from engine import checkpoints
+from engine import checkpoints, launch
 from engine.launch import build_accelerator
 from engine.run import Run
 from engine.stop import leave_signals_to_parent, run_script
@@ -104,6 +108,15 @@ def train_in_fp16() -> None:
         return accelerator
 
     command.build_accelerator = build_fp16
+    patch.object(resnet_main, "build_model", build_small_model).start()
+    kill()
+
+
+def share_a_gpu() -> None:
+    """Joined by gloo, which takes the tensors of a GPU. NCCL refuses two processes on one."""
+    patch.object(torch.accelerator, "device_count", lambda: int(os.environ["WORLD_SIZE"])).start()
+    gloo = functools.partial(InitProcessGroupKwargs, backend="gloo")
+    patch.object(launch, "InitProcessGroupKwargs", gloo).start()
     patch.object(resnet_main, "build_model", build_small_model).start()
     kill()
 
@@ -199,7 +212,7 @@ def give_accuracies() -> None:
 PROBES = {
     **{"same": same, "kill": kill, "compile": count_compilations},
     **{"slow": start_slowly, "shm": give_shared_memory, "follow": follow, "best": give_accuracies},
-    **{"fp16": train_in_fp16},
+    **{"fp16": train_in_fp16, "share": share_a_gpu},
 }
 
 if __name__ == "__main__":
