@@ -186,8 +186,8 @@ def measure(
                     norms[batch, : len(found)] = found.flip(0).t()
                 bar.update(length * len(loss))
     # Only one process has a figure for each place, the others zero: the sums are exact.
-    means = accelerator.reduce(losses, "sum").double().mean(1).tolist()
-    influence = accelerator.reduce(norms, "sum").double().mean(0)
+    means = accelerator.reduce(losses, "sum").cpu().double().mean(1).tolist()
+    influence = accelerator.reduce(norms, "sum").cpu().double().mean(0)
     return Context(
         name,
         dict(zip(lengths, means, strict=True)),

@@ -403,7 +403,7 @@ def training_step(
         hidden = after[0] if parts == 1 else tuple(map(_columns, zip(*after, strict=True)))
         return sum_of_parts(sums), *hidden
 
-    return GraphedStep(step) if run.graphed else step
+    return GraphedStep(step, optimizer.zero_grad) if run.graphed else step
 
 
 def _columns(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -485,7 +485,7 @@ def evaluate(run: Run, model: nn.Module, text: torch.Tensor, args: argparse.Name
                     losses[step] = decoded_loss(features, targets)
             run.check()
     # Sums with zeros are not rounded.
-    losses = accelerator.reduce(losses, "sum").double().cpu()
+    losses = accelerator.reduce(losses, "sum").cpu().double()  # MPS has no float64
     rows = torch.full_like(losses, bptt)
     rows[-1] = (len(text) - 1) - bptt * (len(losses) - 1)
     total: float = (losses * rows).sum().item()

@@ -134,6 +134,7 @@ from engine.launch import build_accelerator, check_compiler, describe_run, keep_
 from engine.metrics import Means, Sums, sum_of_parts
 from engine.run import Run
 from engine.seeds import agree_on_seed, use_deterministic_kernels
+from image_classification.augment import fast_format
 from image_classification.cache import BadImageError, refuse_bad_images
 from image_classification.checkpoint import (
     default_folder,
@@ -231,7 +232,7 @@ def build(
         accelerator.print(f"=> weights of {args.weights}; new: {', '.join(new) or 'nothing'}")
     if args.sync_bn and not args.evaluate:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=fast_format(accelerator.device))
     if args.compile:
         check_compiler()
         # Once for each shape, that of the smaller last batch too: all in the first epoch.
@@ -245,8 +246,6 @@ def build(
         make_capturable(optimizer, accelerator.device)
     model, optimizer = run.prepare(model, optimizer)
 
-    if not args.evaluate:  # an evaluation reads every image only once
-        data = move_to_gpu(data, accelerator)
     choices = [
         transform(alpha=alpha, num_classes=spec.num_classes)
         for transform, alpha in ((v2.CutMix, args.cutmix), (v2.MixUp, args.mixup))
@@ -310,8 +309,11 @@ def fit(
     for group in optimizer.param_groups:
         group["initial_lr"] = args.lr  # of the original's scheduler
     train_step = training_step(run, model, optimizer, args)
+    first = run.epoch
     with run.training(contents):
         for epoch in run.epochs(args.epochs):
+            if epoch == first + 1:  # what an epoch needs of the GPU's memory is known by now
+                move_to_gpu(accelerator, train_loader, val_loader)
             lr = learning_rate(epoch, args)
             run.set_learning_rate(lr)
             train, rate = train_epoch(run, model, train_step, train_loader, args)
@@ -374,7 +376,7 @@ def training_step(
         optimizer.zero_grad()
         return (sum_of_parts(sums),)
 
-    return GraphedStep(step) if run.graphed else step
+    return GraphedStep(step, optimizer.zero_grad) if run.graphed else step
 
 
 def train_epoch(

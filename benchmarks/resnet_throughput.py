@@ -32,7 +32,7 @@ from engine.cli import ArgumentParser, positive_int
 from engine.launch import emulates_bf16
 from engine.stop import run_script
 from image_classification.cache import decoded_images, small_side
-from image_classification.data import DecodedImages, ImageFiles, find_data
+from image_classification.data import DecodedImages, ImageFiles, find_data, move_to_gpu
 from image_classification.folders import Split, find_images
 from image_classification.model import build_model
 from image_classification.settings import DEFAULT, STEMS, ModelSpec, has_stem
@@ -54,6 +54,7 @@ def kit(work: str, flags: list[str], rows: list[int], compiled: bool = False) ->
     else:
         data = data._replace(train=subset(data.train, rows, args, train=True))
     model, optimizer, train_loader, val_loader = resnet_main.build(run, data, args, checkpoint)
+    move_to_gpu(run.accelerator, train_loader, val_loader)  # as from the second epoch on
     step = resnet_main.training_step(run, model, optimizer, args)
 
     def epoch() -> object:

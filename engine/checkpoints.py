@@ -114,6 +114,20 @@ class Checkpoint(dict[str, Any]):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self.error(f"its optimizer is not one for this model ({error})") from error
 
+    def load_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Load the loss scale of an fp16 run; one of another precision had none, and it begins.
+
+        Raises:
+            UserError: a damaged state.
+        """
+        state = self.value("scaler", dict)
+        if scaler is None or not state:
+            return
+        own = scaler.state_dict()
+        if {k: type(v) for k, v in state.items()} != {k: type(v) for k, v in own.items()}:
+            raise self.error("its scaler is none of torch's: damaged")
+        scaler.load_state_dict(state)
+
 
 def save(
     checkpoint: Mapping[str, Any], path: Path, *copies: Path, previous: Path | None = None

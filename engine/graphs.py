@@ -7,9 +7,6 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-from engine.cli import UserError
-from engine.stop import is_out_of_memory
-
 Tensors = tuple[torch.Tensor, ...]
 Step = Callable[..., Tensors]
 
@@ -43,17 +40,17 @@ class GraphedStep:
     """Calls `step`; from the fourth call with inputs of the same shapes on it replays a graph.
 
     Results are those of `step` to the bit. A replay draws from the generator's current seed. An
-    output is valid until the next call.
+    output is valid until the next call. A step that a graph cannot hold, or for which the memory
+    of a graph is missing, is computed kernel by kernel, as the first three were.
 
     Args:
         step: takes tensors on the GPU and numbers, returns tensors, and never waits for the GPU.
-
-    Raises:
-        UserError: when called for the first time with a step that a graph cannot hold.
+        forget: drops what a step that has not come to its end leaves behind: gradients.
     """
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    def __init__(self, step: Step, forget: Callable[[], object] = lambda: None) -> None:
+        self.step, self.forget = step, forget
+        self.is_capturable = True
         self.calls: dict[object, int] = {}
         self.captured: dict[object, tuple[torch.cuda.CUDAGraph, Tensors, Tensors]] = {}
         self.stream = torch.cuda.Stream()
@@ -62,14 +59,14 @@ class GraphedStep:
     def __call__(self, *inputs: torch.Tensor, **numbers: float) -> Tensors:
         key = (*((t.shape, t.dtype) for t in inputs), *sorted(numbers.items()))
         self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= WARM_UP:
+        is_due = self.is_capturable and self.calls[key] > WARM_UP
+        if is_due and key not in self.captured:
+            self._capture(key, inputs, numbers)
+        if key not in self.captured:
             if self.captured:
                 # A graph keeps the memory of its whole step. An epoch's shorter last batch would
                 # need its own beside that. The graph is captured anew at its next call.
-                torch.cuda.synchronize()
-                self.captured.clear()
-                self.pool = torch.cuda.graph_pool_handle()
-                torch.cuda.empty_cache()
+                self._free()
             # On the stream of the capture, for which cuBLAS has a workspace of its own.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
@@ -77,26 +74,49 @@ class GraphedStep:
                 outputs = self.step(*(tensor.clone() for tensor in inputs), **numbers)
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
-        if key not in self.captured:
-            own = tuple(tensor.clone() for tensor in inputs)
-            graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()  # an earlier step's error is not the capture's
-            try:
-                # Only this thread is captured: another may be writing a checkpoint.
-                with torch.cuda.graph(
-                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-                ):
-                    outputs = self.step(*own, **numbers)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                reason = str(error).partition("\n")[0]
-                raise UserError(
-                    f"this step cannot become a CUDA graph ({reason}): --no-compile goes without"
-                ) from error
-            self.captured[key] = graph, own, outputs
         graph, own, outputs = self.captured[key]
         for own_input, given in zip(own, inputs, strict=True):
             own_input.copy_(given)
         graph.replay()
         return outputs
+
+    def _capture(
+        self, key: object, inputs: tuple[torch.Tensor, ...], numbers: dict[str, float]
+    ) -> None:
+        own = tuple(tensor.clone() for tensor in inputs)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()  # an earlier step's error is not the capture's
+        stream = torch.cuda.current_stream()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        seeded = generator.clone_state()
+        try:
+            # Only this thread is captured: another may be writing a checkpoint.
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                outputs = self.step(*own, **numbers)
+        except RuntimeError as error:
+            # Torch leaves the stream of a failed capture current, and the generator in a state in
+            # which it refuses to draw.
+            torch.cuda.set_stream(stream)
+            generator.graphsafe_set_state(seeded)
+            # The end of the capture fails as well, and hides why.
+            reason = str(error.__context__ or error).partition("\n")[0]
+        else:
+            self.captured[key] = graph, own, outputs
+            return
+        self.is_capturable = False
+        del graph, own
+        self.forget()
+        self._free()
+        print(
+            f"=> this step cannot become a CUDA graph ({reason}): it is computed kernel by kernel "
+            "from here on"
+        )
+
+    def _free(self) -> None:
+        """Drop all graphs and give their memory back."""
+        torch.cuda.synchronize()
+        self.captured.clear()
+        self.pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()

@@ -13,15 +13,19 @@ import os
 import re
 import shutil
 import socket
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
+    gather_object,
     get_int_from_env,
     parse_flag_from_env,
 )
@@ -56,6 +60,15 @@ LOST = (
 # ... and gloo when it could not be reached in the first place.
 UNREACHABLE = ("Unable to find", "connectFullMesh", "timed out connecting", "Connection refused")
 
+# The variables that hide GPUs from CUDA and from ROCm.
+HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+# The packages of torch for GPUs before Turing, and for drivers older than 580.
+FOR_OLDER = (
+    "install torch by the command of pytorch.org for CUDA 12.6, in a fresh .venv (requirements.txt "
+    "allows torch 2.11, and make venv keeps it)"
+)
+ON_CPU = "launch with --config_file accelerate_configs/cpu.yaml or cpu4.yaml"
+
 
 class _Accelerator(Accelerator):  # type: ignore[misc]  # untyped
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -84,7 +97,8 @@ def build_accelerator(broadcast_buffers: bool = True) -> Accelerator:
     asked = get_int_from_env(WORLD_SIZE_VARIABLES, 1)
     asked_here = get_int_from_env(["LOCAL_WORLD_SIZE"], asked)
     launched = _is_launched()
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip().startswith("-1")
+    # As cpu4.yaml sets it. A single -1 is a user's, who may have asked for GPUs all the same.
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1,")
     try:
         wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or hidden
     except ValueError as error:
@@ -99,21 +113,30 @@ def build_accelerator(broadcast_buffers: bool = True) -> Accelerator:
             "--config_file accelerate_configs/cpu4.yaml, or torchrun --nproc-per-node N"
         )
     if not wants_cpu and devices < asked_here and (launched or devices > 0):
+        hiding = _hiding() and f" ({_hiding()})"
+        how = f"--num_processes {devices}" if devices > 1 else "gpu1.yaml"
+        why = f"{devices} GPU(s){hiding}: launch with {how}"
         raise UserError(
             f"{asked_here} process(es) with a GPU each were asked for, and this machine shows "
-            f"{devices or 'no'} GPU(s): launch with --config_file accelerate_configs/cpu.yaml or "
-            "cpu4.yaml, or with a YAML whose num_processes is the number of GPUs"
+            f"{why if devices else _why_no_gpu()}; or {ON_CPU}"
         )
     cpu = wants_cpu or devices == 0
+    if not cpu and torch.cuda.is_available():
+        _refuse_unknown_gpu(get_int_from_env(["LOCAL_RANK"], 0) % torch.cuda.device_count())
     if cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise UserError("fp16 needs a GPU: on a CPU launch with --mixed_precision bf16 or no")
     if asked > asked_here and "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = find_interface()
+    joining = InitProcessGroupKwargs(timeout=ANSWER_WITHIN)
     try:
+        # The processes join here. What all of them can compute in is known before the Accelerator
+        # decides about a loss scale.
+        state = PartialState(cpu, **joining.to_kwargs())
         accelerator = _Accelerator(
             cpu=cpu,
+            mixed_precision="fp16" if _lacks_bf16(state.device) else None,
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=ANSWER_WITHIN),
+                joining,
                 DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers),
             ],
         )
@@ -140,6 +163,82 @@ def _is_launched() -> bool:
     """True under a launcher. The precision variable alone may have been set by hand."""
     names = {"ACCELERATE_DYNAMO_MODE", "SLURM_PROCID", *WORLD_SIZE_VARIABLES}
     return "ACCELERATE_MIXED_PRECISION" in os.environ and bool(names & os.environ.keys())
+
+
+def _lacks_bf16(device: torch.device) -> bool:
+    """Whether bf16 is asked for and a GPU of the run has none in hardware; all processes agree."""
+    if device.type != "cuda" or os.environ.get("ACCELERATE_MIXED_PRECISION") != "bf16":
+        return False
+    return any(gather_object([not _has_fast_bf16(device)]))
+
+
+def _hiding() -> str:
+    return " ".join(f"{name}={os.environ[name]}" for name in HIDING if name in os.environ)
+
+
+def _why_no_gpu() -> str:
+    """That there is no GPU, why in torch's own words, and what mends that."""
+    text = "No CUDA GPUs are available"
+    try:
+        torch.cuda.init()  # says what `is_available` keeps to itself
+    except (RuntimeError, AssertionError) as error:
+        text = str(error).strip()
+    nodes = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    is_closed = bool(nodes) and not any(os.access(node, os.R_OK | os.W_OK) for node in nodes)
+    driver = re.search(r"found version (\d+)", text)  # the CUDA that it can do: 12020 is 12.2
+    if "not compiled with CUDA" in text:
+        remedy = "these are packages for CPUs: make venv installs those for CUDA, in a fresh .venv"
+    elif driver:
+        remedy = "update the driver"
+        if int(driver[1]) >= 12000 and (torch.version.cuda or "").startswith("13."):
+            remedy += f" to 580 or newer, or {FOR_OLDER}"
+    elif "no NVIDIA driver" in text:
+        remedy = "install NVIDIA's driver, or start the container with --gpus all"
+    elif is_closed:
+        remedy = f"this user may not open {nodes[0]}, and `ls -l` shows the group that may"
+    elif _hiding():
+        remedy = f"{_hiding()} hides them, `unset` shows them"
+    else:
+        remedy = "`nvidia-smi` shows what the driver sees; restart the machine after its update"
+    said = text.partition("? Error ")[2] or text.partition(". ")[0]
+    return f"no GPU(s) ({said.splitlines()[0]}): {remedy}"
+
+
+def _refuse_unknown_gpu(index: int) -> None:
+    """Raise `UserError` for a GPU for which torch's packages have no kernels."""
+    with warnings.catch_warnings(action="ignore"):  # torch's own, of many lines
+        major, minor = torch.cuda.get_device_capability(index)
+    archs = torch.cuda.get_arch_list()
+    if torch.version.hip or not archs or has_kernels(archs, major, minor):
+        return
+    newest = max(archs, key=_arch_number)
+    if 10 * major + minor > _arch_number(newest):
+        remedy = "install a newer torch"
+    elif major >= 5:
+        remedy = FOR_OLDER
+    else:
+        remedy = "no torch that requirements.txt allows has them"
+    raise UserError(
+        f"{torch.cuda.get_device_name(index)} is of sm_{major}{minor}, and torch "
+        f"{torch.__version__} has kernels for {' '.join(archs)}: {remedy}; or {ON_CPU}"
+    )
+
+
+def _arch_number(arch: str) -> int:
+    return int(re.sub(r"\D", "", arch))  # 90 for sm_90a
+
+
+def has_kernels(archs: Sequence[str], major: int, minor: int) -> bool:
+    """Whether code for `archs` runs on a GPU of this compute capability.
+
+    A binary (sm_) runs on the later GPUs of its generation, PTX (compute_) on all later ones.
+    """
+    for arch in archs:
+        generation, step = divmod(_arch_number(arch), 10)
+        is_later = (generation, step) <= (major, minor)
+        if is_later and (generation == major or arch.startswith("compute_")):
+            return True
+    return False
 
 
 def _refuse_leftovers() -> None:
@@ -245,6 +344,9 @@ def describe_run(accelerator: Accelerator) -> str:
         if processes > 1:
             how = "--mixed_precision bf16"
         line += f"\n=> bf16 is usually faster on this device: accelerate launch {how} ..."
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" != accelerator.mixed_precision:
+        line += "\n=> bf16 was asked for, and GPUs before Ampere do not have it: fp16, with a loss "
+        line += "scale, takes its place"
     if accelerator.mixed_precision == "bf16" and emulates_bf16(accelerator.device):
         line += "\n=> this CPU has no instructions for bf16 and is many times slower in it than in "
         line += "float32: accelerate launch --mixed_precision no ..."

@@ -214,6 +214,7 @@ class Run:
             )
         self.carried = checkpoint.sums(1 + len(self.metrics))
         checkpoint.load_optimizer(optimizer)
+        checkpoint.load_scaler(self.accelerator.scaler)
         self.resumed = checkpoint.path
         best_file = checkpoint.value("best_file", str) or ""
         self.theirs = self.resumed.parent / Path(best_file).name
@@ -392,10 +393,18 @@ class Run:
     def _refuse_overflow(self) -> None:
         """Raise `UserError` before weights are saved that are not finite.
 
-        The weights are looked at as well: the step whose update overflows has a finite loss.
+        The weights are looked at as well: the step whose update overflows has a finite loss. A
+        step that fp16's loss scale skips is no failure, unless all have been skipped for long.
         """
         if self.sums is not None:
             self.sums.read()
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() < torch.finfo(torch.float16).tiny:
+            raise UserError(
+                f"the gradients are not finite in fp16 at any loss scale, in epoch {self.number}: "
+                "lower --lr, or launch with --mixed_precision no; the last checkpoint is from "
+                "before"
+            )
         finite = [parameter.isfinite().all() for parameter in self.model.parameters()]
         if not torch.stack(finite).all():
             raise diverged(self.number, self.step - 1)
@@ -430,6 +439,8 @@ class Run:
         self._refuse_overflow()
         sums = self.sums.carry() if self.sums is not None else None
         contents = self.contents()
+        if self.accelerator.scaler is not None:
+            contents["scaler"] = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
             optimizer = self.optimizer.state_dict()
             for group in optimizer["param_groups"]:

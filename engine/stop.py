@@ -193,7 +193,10 @@ def _mistake(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return text
     if is_out_of_memory(error):
-        return "the GPU's memory is full: use a smaller --batch-size"
+        return (
+            "the GPU's memory is full: use a smaller --batch-size, or train the same one in parts "
+            "(--gradient-accumulation-steps 2, 4, ...)"
+        )
     if "Too many open files" in text or "items of ancdata" in text:  # the latter of a worker's
         return "too many files are open: raise `ulimit -n`, or use fewer --workers (0: none)"
     # For a full /dev/shm torch 2.11 gives the wrong reason.

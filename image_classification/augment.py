@@ -29,6 +29,14 @@ def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return mean.to(device), std.to(device)
 
 
+def fast_format(device: torch.device) -> torch.memory_format:
+    """The order of images and weights in memory that convolutions like best."""
+    if device.type == "mps":
+        # Its batch normalisation had wrong gradients with channels_last (pytorch issue 175189).
+        return torch.contiguous_format
+    return torch.channels_last
+
+
 class Crops(NamedTuple):
     """Crop boxes in pixels and flips of n samples; every field has the shape [n]."""
 
@@ -99,7 +107,9 @@ def resized_crop(images: torch.Tensor, crops: Crops, size: int) -> torch.Tensor:
     grid = torch.empty(len(images), points, points, 2, device=images.device)
     grid[..., 0] = (x * (2 / width) - 1)[:, None, :]
     grid[..., 1] = (y * (2 / height) - 1)[:, :, None]
-    sampled = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    # Without points beyond the edge both modes agree. MPS knows the first only since torch 2.13.
+    edge = "zeros" if images.device.type == "mps" else "border"
+    sampled = F.grid_sample(images.float(), grid, padding_mode=edge, align_corners=False)
     return F.avg_pool2d(sampled, oversampling) if oversampling > 1 else sampled
 
 
@@ -112,9 +122,9 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """Normalise float pixels from 0 to 255 by ImageNet's statistics, into channels_last memory.
+    """Normalise float pixels from 0 to 255 by ImageNet's statistics, into `fast_format`.
 
     Works in place on `pixels`: fresh memory costs more than the arithmetic.
     """
     mean, std = _statistics(pixels.device)
-    return pixels.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+    return pixels.sub_(mean).div_(std).contiguous(memory_format=fast_format(pixels.device))

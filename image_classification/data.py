@@ -9,6 +9,7 @@ neither the number of processes nor a restart changes what a step trains on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -25,7 +26,14 @@ from torchvision.transforms.v2 import functional as TF
 from engine.cli import UserError
 from engine.seeds import derive_seed, seed_generators
 from engine.stop import has_temporary_folder, leave_signals_to_parent, start_workers
-from image_classification.augment import Crops, draw_crops, normalise, resize, resized_crop
+from image_classification.augment import (
+    Crops,
+    draw_crops,
+    fast_format,
+    normalise,
+    resize,
+    resized_crop,
+)
 from image_classification.cache import decoded_images, deep_modes, open_image, small_side
 from image_classification.folders import Split, find_images
 from image_classification.settings import DEFAULT
@@ -165,20 +173,32 @@ def find_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
     return data
 
 
-def move_to_gpu(data: ImageData, accelerator: Accelerator) -> ImageData:
-    """`data` with its decoded images on the GPU, where half of the free memory there is enough.
+def move_to_gpu(accelerator: Accelerator, *loaders: ImageLoader) -> None:
+    """Put decoded images on the GPU, where half of the memory that is left there is enough.
 
-    The model has taken its own before.
+    To be called after an epoch: what its steps and its validation need is not left any more.
     """
-    train, val = data.train, data.val
-    if isinstance(train, ImageFiles) or isinstance(val, ImageFiles):
-        return data
-    device, size = accelerator.device, train.images.nbytes + val.images.nbytes
-    if device.type != "cuda" or 2 * size > torch.cuda.mem_get_info(device)[0]:
-        return data
+    device, splits = accelerator.device, [loader.images for loader in loaders]
+    decoded = [images for images in splits if isinstance(images, DecodedImages)]
+    if device.type != "cuda" or len(decoded) < len(splits):
+        return
+    size = sum(images.images.nbytes for images in decoded)
+    # A CUDA graph that was dropped for a shorter batch takes its memory again.
+    again = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
+    left = torch.cuda.mem_get_info(device)[0] - again
+    moved = []
+    with contextlib.suppress(torch.OutOfMemoryError):  # another program was faster
+        if 2 * size <= left:
+            moved = [images.images.to(device) for images in decoded]
+    if not moved:
+        accelerator.print(
+            f"=> the images stay in main memory: they take {size / 2**20:.0f} MiB, and the GPU has "
+            f"{left / 2**20:.0f} MiB left"
+        )
+        return
+    for loader, images, tensor in zip(loaders, decoded, moved, strict=True):
+        loader.images = dataclasses.replace(images, images=tensor)
     accelerator.print(f"=> the images lie on the GPU: {size / 2**20:.0f} MiB")
-    train, val = (dataclasses.replace(s, images=s.images.to(device)) for s in (train, val))
-    return data._replace(train=train, val=val)
 
 
 def identity(
@@ -216,7 +236,7 @@ class Batch(NamedTuple):
 
     In training it consists of equal parts, one after the other, which are computed one by one.
 
-    images: [b, 3, size, size], normalised, channels_last.
+    images: [b, 3, size, size], normalised, in `fast_format`.
     targets: [b], class indices.
     soft_targets: [b, classes] when images were mixed, else None.
     weights: [b], 1 for a sample and 0 for padding. The last global batch of an epoch is padded
@@ -270,6 +290,8 @@ class ImageLoader:
         self.seed, self.train, self.mix = seed, train, mix
         self.rows = torch.arange(len(self.targets)) if rows is None else rows
         self.device = accelerator.device
+        # Only memory that is pinned may be copied from while the next batch is being made.
+        self.pins = self.device.type == "cuda"
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         # As in the original, -j counts the workers of all of a node's processes.
         share = -(-workers // get_int_from_env(["LOCAL_WORLD_SIZE"], 1))
@@ -319,7 +341,7 @@ class ImageLoader:
             pixels, soft_targets = self.mix(images, targets)
             mixed.append([t[1:] for t in (pixels, targets, soft_targets, *others)])
         images, targets, soft_targets, weights, indices = map(torch.cat, zip(*mixed, strict=True))
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=fast_format(self.device))
         return Batch(images, targets, soft_targets, weights, indices, batch.size)
 
     def _spread(self, values: torch.Tensor, steps: list[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -339,10 +361,10 @@ class ImageLoader:
                 batch_sampler=[[(epoch, i) for i in rows.tolist()] for rows in steps],
                 num_workers=self.workers,
                 worker_init_fn=leave_signals_to_parent,
-                pin_memory=self.device.type == "cuda",
+                pin_memory=self.pins,
             )
             for pixels in start_workers(loader):
-                yield pixels.to(self.device, non_blocking=True).float()
+                yield pixels.to(self.device, non_blocking=self.pins).float()
             return
         images = self.images.images
         is_here = images.device.type == self.device.type
@@ -359,8 +381,8 @@ class ImageLoader:
         for rows, crop in zip(own_places, own_crops, strict=True):
             pixels = images[rows]
             if not is_here:
-                pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
-                pixels = pixels.to(self.device, non_blocking=True)
+                pixels = pixels.pin_memory() if self.pins else pixels
+                pixels = pixels.to(self.device, non_blocking=self.pins)
             yield (
                 resize(pixels, self.image_size)
                 if crop is None

@@ -10,11 +10,17 @@ process_probe.py shm SIZE …        resnet_main.py with these flags and a /dev/
 process_probe.py follow …          resnet_main.py with these flags and `small_model`; leaves in
                                    steps.pt what the run was after every step
 process_probe.py final …          lm_main.py with these flags, stopped after its last epoch
+process_probe.py fp16 COMMAND SCALE EPOCH STEP …
+                                   the command with these flags, in fp16 on a CPU with a loss scale
+                                   that begins at SCALE, killed once it has saved that
+process_probe.py share COMMAND EPOCH STEP …
+                                   `kill`, with as many processes as there are on one GPU
 process_probe.py best ACC1,… …     resnet_main.py with these flags, `small_model`, and these
                                    accuracies for its epochs
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import signal
@@ -27,10 +33,11 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 import lm_main
 import resnet_main
-from engine import checkpoints
+from engine import checkpoints, launch
 from engine.launch import build_accelerator
 from engine.run import Run
 from engine.stop import leave_signals_to_parent, run_script
@@ -87,6 +94,33 @@ def kill() -> None:
 
     checkpoints.save = save  # type: ignore[assignment]
     run_script(lambda: main(sys.argv[5:]))
+
+
+def train_in_fp16() -> None:
+    """What `build_accelerator` makes on a GPU without bf16, with the CPU in its place."""
+    command: Any = {"resnet_main.py": resnet_main, "lm_main.py": lm_main}[sys.argv[2]]
+    scale = float(sys.argv.pop(3))
+
+    def build_fp16(**options: bool) -> Accelerator:
+        accelerator = build_accelerator(**options)
+        accelerator.state._mixed_precision = "fp16"
+        accelerator.native_amp = True
+        # It grows soon, so that gradients overflow again and again.
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)
+        return accelerator
+
+    command.build_accelerator = build_fp16
+    patch.object(resnet_main, "build_model", build_small_model).start()
+    kill()
+
+
+def share_a_gpu() -> None:
+    """Joined by gloo, which takes the tensors of a GPU. NCCL refuses two processes on one."""
+    patch.object(torch.accelerator, "device_count", lambda: int(os.environ["WORLD_SIZE"])).start()
+    gloo = functools.partial(InitProcessGroupKwargs, backend="gloo")
+    patch.object(launch, "InitProcessGroupKwargs", gloo).start()
+    patch.object(resnet_main, "build_model", build_small_model).start()
+    kill()
 
 
 def count_compilations() -> None:
@@ -192,6 +226,7 @@ PROBES = {
     **{"same": same, "kill": kill, "compile": count_compilations},
     "final": stop_in_the_final_test,
     **{"slow": start_slowly, "shm": give_shared_memory, "follow": follow, "best": give_accuracies},
+    **{"fp16": train_in_fp16, "share": share_a_gpu},
 }
 
 if __name__ == "__main__":

@@ -32,14 +32,16 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine w
 
 
 @NO_GPU
-@pytest.mark.parametrize("config", ["gpu1.yaml", "gpu4.yaml"])
+@pytest.mark.parametrize(("config", "hiding"), [("gpu1.yaml", "-1"), ("gpu4.yaml", "")])
 def test_a_gpu_configuration_on_a_machine_without_gpus_is_refused(
-    config: str, tmp_path: Path
+    config: str, hiding: str, tmp_path: Path
 ) -> None:
-    result = launch(config, "resnet_main.py", "sample", cwd=tmp_path)
+    env = {"CUDA_VISIBLE_DEVICES": hiding}
+    result = launch(config, "resnet_main.py", "sample", cwd=tmp_path, env=env)
     lines = [line for line in result.err.splitlines() if "resnet_main.py: error:" in line]
     assert len(lines) == 1, result.err
-    assert "this machine shows no GPU(s): launch with --config_file" in lines[0]
+    assert "a GPU each were asked for, and this machine shows no GPU(s) (" in lines[0]
+    assert "; or launch with --config_file accelerate_configs/cpu.yaml" in lines[0]
     assert result.code != 0
     assert not list(tmp_path.iterdir())
 
@@ -385,7 +387,8 @@ run_script(lambda: print(gc.isenabled()))
         ("open shared memory object </t> in mode: Permission denied (13)", "memory (Permission"),
         ("open shared memory object </t> in mode: Too many open files (24)", "`ulimit -n`"),
         ("received 0 items of ancdata", "`ulimit -n`"),
-        ("CUDA error: out of memory", "the GPU's memory is full"),
+        ("CUDA error: out of memory", "the GPU's memory is full: use a smaller --batch-size, or"),
+        ("CUDA error: out of memory", "--gradient-accumulation-steps 2"),
     ],
 )
 def test_what_torch_says_of_a_full_machine_is_one_line_with_a_remedy(
