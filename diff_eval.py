@@ -70,7 +70,7 @@ from engine.files import check_writable, refuse_clashes, writing
 from engine.launch import build_accelerator
 from image_classification.cache import BadImageError, open_image, refuse_bad_images
 from image_classification.checkpoint import count_classes, load, refuse_other_classes, restore_model
-from image_classification.data import ImageData, ImageLoader, load_dataset
+from image_classification.data import ImageData, ImageLoader, load_dataset, readable_names
 
 CSV, SHEET = "disagreements.csv", "contact_sheet.png"
 # All that a run writes: a folder that holds anything else is not replaced.
@@ -324,17 +324,6 @@ def copy_name(story: str, path: Path, taken: set[str], most: int) -> str:
             return name
         number += 1
         end = f"_{number}{path.suffix}"
-
-
-def readable_names(data: ImageData) -> list[str]:
-    """The first word that words.txt has for each class, else the class's own name."""
-    words = data.root / "words.txt"
-    known = {}
-    if words.is_file():
-        for line in words.read_text("utf-8-sig", "replace").splitlines():
-            wnid, _, synonyms = line.partition("\t")
-            known[wnid] = synonyms.split(",")[0].strip()
-    return [known.get(name) or name for name in data.classes]
 
 
 def write(

@@ -142,7 +142,14 @@ from image_classification.checkpoint import (
     refuse_other_classes,
     settle,
 )
-from image_classification.data import ImageData, ImageLoader, find_data, identity, move_to_gpu
+from image_classification.data import (
+    ImageData,
+    ImageLoader,
+    find_data,
+    identity,
+    move_to_gpu,
+    readable_names,
+)
 from image_classification.metrics import METRICS, Progress, batch_sums, summary
 from image_classification.model import build_model, check_architecture
 
@@ -303,6 +310,8 @@ def fit(
             **{name: getattr(args, name) for name in SETTINGS},
             "seeded": args.seeded,
             "classes": data.classes,
+            "names": readable_names(data),
+            "whole_side": data.whole_side,
             "num_classes": len(data.classes),
             "scheduler": {"last_epoch": run.epoch, "base_lrs": [args.lr]},  # of the original
         }

@@ -95,6 +95,11 @@ class ImageData(NamedTuple):
     val: DecodedImages | ImageFiles
     notes: Sequence[str] = ()  # lines on what its owner may not expect
 
+    @property
+    def whole_side(self) -> int | None:
+        """Side of the images, where validation sees them whole; None for larger ones."""
+        return None if isinstance(self.val, ImageFiles) else self.val.images.shape[-1]
+
 
 def load_dataset(
     name: str, image_size: int | None, seed: int, workers: int, download: bool
@@ -163,6 +168,17 @@ def find_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
         sep="\n",
     )
     return data
+
+
+def readable_names(data: ImageData) -> list[str]:
+    """The first word that words.txt has for each class, else the class's own name."""
+    words = data.root / "words.txt"
+    known = {}
+    if words.is_file():
+        for line in words.read_text("utf-8-sig", "replace").splitlines():
+            wnid, _, synonyms = line.partition("\t")
+            known[wnid] = synonyms.split(",")[0].strip()
+    return [known.get(name) or name for name in data.classes]
 
 
 def move_to_gpu(data: ImageData, accelerator: Accelerator) -> ImageData:

@@ -145,6 +145,15 @@ def _refuse_broken_link(path: Path) -> None:
         raise UserError(f"{path}: a link to {path.readlink()}, which is missing")
 
 
+def walk_images(folder: Path) -> list[str]:
+    """The images of a folder and of those within it, in a fixed order, without hidden ones."""
+    found = []
+    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        folders[:] = sorted(_shown(folders))
+        found += [f"{place}{os.sep}{file}" for file in sorted(_shown(files)) if is_image_file(file)]
+    return found
+
+
 def _list_classes(folder: Path, positions: dict[str, int], left_out: Counter[str]) -> Split:
     """The images of classes, in ImageFolder's order; counts the endings of all other files."""
     split = Split([], [])
