@@ -170,17 +170,6 @@ def find_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
     return data
 
 
-def readable_names(data: ImageData) -> list[str]:
-    """The first word that words.txt has for each class, else the class's own name."""
-    words = data.root / "words.txt"
-    known = {}
-    if words.is_file():
-        for line in words.read_text("utf-8-sig", "replace").splitlines():
-            wnid, _, synonyms = line.partition("\t")
-            known[wnid] = synonyms.split(",")[0].strip()
-    return [known.get(name) or name for name in data.classes]
-
-
 def move_to_gpu(data: ImageData, accelerator: Accelerator) -> ImageData:
     """`data` with its decoded images on the GPU, where half of the free memory there is enough.
 
