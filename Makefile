@@ -11,6 +11,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := output/demo
 
+# What another version of Python has left in $(VENV) would be in the way.
+MINOR := -c 'import sys; print(sys.version_info[:2])'
+
 # Enough for both: torch, torchvision, accelerate, tensorboard and pytest.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
@@ -18,8 +21,11 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 venv: $(VENV)/.run
 $(VENV)/.run: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d, \
+	and 3.11 or newer is needed: make venv PYTHON=python3.12" % sys.version_info[:2])' || exit 2
 	@echo "Installing into $(VENV): 3 GB to download, some minutes"
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $$(test ! -f $(VENV)/pyvenv.cfg || \
+	  test "$$($(BIN)/python $(MINOR))" = "$$($(PYTHON) $(MINOR))" || echo --clear) $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -c constraints.txt
 	touch $@
 

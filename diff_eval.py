@@ -28,7 +28,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.cli import ArgumentParser, UserError, non_negative_int, nonempty, pathname, positive_int
+from engine.cli import (
+    ArgumentParser,
+    UserError,
+    non_negative_int,
+    nonempty,
+    pathname,
+    positive_int,
+    product,
+)
 from image_classification.settings import STEMS, TINY_IMAGENET
 
 
@@ -40,7 +48,8 @@ def make_parser() -> ArgumentParser:
     add("--data", type=nonempty, default=str(TINY_IMAGENET), metavar="DIR",
         help="dataset, or `sample`")
     add("--classes", nargs="+", default=["0", "1"], metavar="CLASS",
-        help="numbers or names of classes, =NAME for a name that is a number, or all")
+        help="numbers or names of classes, =NAME for a name that is a number, or all; `--classes "
+        "help` lists them")
     add("--output-dir", default=Path("diff"), type=pathname, metavar="DIR",
         help="replaced when it holds an earlier output")
     add("--misclassified", action="store_true", help="copy the images that a model gets wrong")
@@ -71,6 +80,8 @@ from engine.launch import build_accelerator
 from image_classification.cache import BadImageError, open_image, refuse_bad_images
 from image_classification.checkpoint import count_classes, load, refuse_other_classes, restore_model
 from image_classification.data import ImageData, ImageLoader, load_dataset
+from image_classification.folders import find_images, readable_names
+from image_classification.sources import resolve
 
 CSV, SHEET = "disagreements.csv", "contact_sheet.png"
 # All that a run writes: a folder that holds anything else is not replaced.
@@ -93,7 +104,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse(argv)
     wanted = (1, 2) if args.misclassified else (2,)
-    if len(args.checkpoints) not in wanted:
+    if len(args.checkpoints) not in wanted and args.classes != ["help"]:
         parser.error(f"{' or '.join(map(str, wanted))} checkpoints wanted, before the flags")
     for flag in ("arch", "stem", "image_size"):
         given = getattr(args, flag) or [None]
@@ -108,6 +119,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if args.classes == ["help"]:
+        with product():
+            list_classes(resolve(args.data, download=False))
+        return
     accelerator = build_accelerator()
     if accelerator.is_main_process:
         inputs = [("CHECKPOINT", path) for path in args.checkpoints]
@@ -139,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for content, arch, stem, size in zip(contents, args.arch, args.stem, sizes, strict=True):
         refuse_other_classes(content, data.classes)
         restored.append(restore_model(content, arch, stem, datasets[size].image_size))
-    names = readable_names(data)
+    names = readable_names(data.root, data.classes)
     chosen = choose(args.classes, data.classes, names)
     rows = [i for i, target in enumerate(data.val.targets.tolist()) if target in chosen]
     if not rows:
@@ -177,6 +192,13 @@ def find_size(content: Checkpoint, asked: int | None) -> int | None:
     if asked and own and asked != own:
         raise UserError(f"{content.path} has image size {own}, not {asked}: leave the flag out")
     return own or asked
+
+
+def list_classes(root: Path) -> None:
+    """Print what --classes takes: each class's number, name and readable name."""
+    classes = find_images(root).classes
+    for i, names in enumerate(zip(classes, readable_names(root, classes), strict=True)):
+        print(i, *names, sep="\t")
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -324,17 +346,6 @@ def copy_name(story: str, path: Path, taken: set[str], most: int) -> str:
             return name
         number += 1
         end = f"_{number}{path.suffix}"
-
-
-def readable_names(data: ImageData) -> list[str]:
-    """The first word that words.txt has for each class, else the class's own name."""
-    words = data.root / "words.txt"
-    known = {}
-    if words.is_file():
-        for line in words.read_text("utf-8-sig", "replace").splitlines():
-            wnid, _, synonyms = line.partition("\t")
-            known[wnid] = synonyms.split(",")[0].strip()
-    return [known.get(name) or name for name in data.classes]
 
 
 def write(

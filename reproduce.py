@@ -30,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -61,14 +61,13 @@ if __name__ == "__main__":
 
 import markdown
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
 import lm_main
 import resnet_main
 from diff_eval import SHEET
+from engine.curves import Curve, draw_curves, read_curves
 from engine.files import check_writable, writing
 from engine.launch import emulates_bf16
 from image_classification.folders import find_images
@@ -97,8 +96,6 @@ td, th { border: 1px solid #bbb; padding: 3px 8px }
 pre { background: #f4f4f4; padding: 8px; white-space: pre-wrap } img { max-width: 100% }
 p:has(img) { max-height: 48em; overflow: auto }
 """
-
-Curve = dict[int, float]  # by epoch
 
 
 class Report:
@@ -304,32 +301,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def read_curves(folder: Path) -> dict[str, Curve]:
-    """TensorBoard's curves, as it shows them."""
-    events = EventAccumulator(str(folder)).Reload()
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-
-
-def draw_curves(runs: Mapping[str, dict[str, Curve]], metrics: Collection[str], path: Path) -> str:
-    """Draw the curves of several runs over each other; returns the picture for report.md."""
-    figure = Figure(figsize=(5 * len(metrics), 4), layout="constrained")
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-    for axes, metric in zip(panels, metrics, strict=True):
-        for number, (name, curves) in enumerate(runs.items()):
-            for split, style in (("train", "--"), ("val", "-")):
-                points = curves.get(f"{metric}/{split}", {})
-                marks = {"c": f"C{number}", "ls": style, "marker": ".", "alpha": 0.8}
-                axes.plot([*points], [*points.values()], label=f"{name}, {split}", **marks)
-        axes.set(title=metric, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    panels[0].legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=90)
-    return f"![{', '.join(metrics)} by epoch]({path.parent.name}/{path.name})"
-
-
 def over_fitting(runs: Mapping[str, dict[str, Curve]]) -> str:
     """Whose validation loss rises from its least by over 1 % while the training loss falls."""
     found = []
@@ -382,8 +353,9 @@ def add_trainings(report: Report) -> list[str]:
 
 def add_curves(report: Report, done: list[str]) -> None:
     runs = {TRAININGS[name]: read_curves(report.folder / name / "logs") for name in done}
+    draw_curves(runs, METRICS, report.pictures / "curves.png")
     report.add(
-        draw_curves(runs, METRICS, report.pictures / "curves.png"),
+        f"![{', '.join(METRICS)} by epoch](report/curves.png)",
         "Dashed lines are the training images, whose crops and flips make them harder, solid ones "
         "the validation images. Epochs count from 0. The table has the last epoch's figures, "
         "training / validation. Of four processes each normalises its own quarter of a batch by "
@@ -445,7 +417,8 @@ def add_text_curves(report: Report, done: list[str]) -> None:
         seconds = report.state["steps"][model]["seconds"]
         rows.append([model, least, f"{valid[least]:.2f}", test, f"{seconds:.0f} s"])
     head = ["model", "best epoch", "validation perplexity", "test perplexity", "time"]
-    picture = draw_curves(runs, ["Loss"], report.pictures / "text_curves.png")
+    draw_curves(runs, ["Loss"], report.pictures / "text_curves.png")
+    picture = "![Loss by epoch](report/text_curves.png)"
     report.add(table(head, rows), picture, over_fitting(runs))
     report.add("A text of each, drawn word by word:")
 

@@ -41,7 +41,7 @@ def launchers_business(_: str) -> NoReturn:
 
 
 def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser(__doc__, SETTINGS)
+    parser = cli.ArgumentParser(__doc__, SETTINGS, cli.LAUNCHING)
     # A table, one flag after another: the formatter would give every argument a line of its own.
     # fmt: off
     add = parser.add_argument_group("data").add_argument
@@ -144,6 +144,7 @@ from image_classification.checkpoint import (
     settle,
 )
 from image_classification.data import ImageData, ImageLoader, find_data, identity, move_to_gpu
+from image_classification.folders import readable_names
 from image_classification.metrics import METRICS, Progress, batch_sums, summary
 from image_classification.model import build_model, check_architecture
 
@@ -302,6 +303,8 @@ def fit(
             **{name: getattr(args, name) for name in SETTINGS},
             "seeded": args.seeded,
             "classes": data.classes,
+            "names": readable_names(data.root, data.classes),
+            "whole_side": data.whole_side,
             "num_classes": len(data.classes),
             "scheduler": {"last_epoch": run.epoch, "base_lrs": [args.lr]},  # of the original
         }

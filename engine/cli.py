@@ -16,6 +16,20 @@ from typing import Any, NoReturn, TypeVar
 Number = TypeVar("Number", int, float)
 
 
+# The end of a training's `--help`.
+LAUNCHING = """\
+A YAML chooses device, number of processes and precision:
+    accelerate launch --config_file accelerate_configs/YAML SCRIPT FLAGS
+    cpu.yaml         one process on the CPU, float32
+    cpu_bf16.yaml    one process on the CPU, bf16
+    cpu4.yaml        four processes on the CPU, float32
+    gpu1.yaml        one GPU, bf16
+    gpu4.yaml        four GPUs of one machine, bf16
+    gpu4_nodes.yaml  two nodes of four GPUs, bf16 (the command is in the file)
+Without a launcher: one process, on a GPU if there is one, float32.
+"""
+
+
 class UserError(Exception):
     """A mistake of the user's: one line that names the thing, the place and the remedy."""
 
@@ -37,13 +51,14 @@ class ArgumentParser(argparse.ArgumentParser):
             lines are examples.
         settings: destinations of flags that `parse_args` leaves at None when they are not given,
             for `settle` to fill in.
+        note: more for the end of `--help`.
     """
 
-    def __init__(self, doc: str, settings: Collection[str] = ()) -> None:
+    def __init__(self, doc: str, settings: Collection[str] = (), note: str = "") -> None:
         examples = re.search(r"^(?:    .*\n)+", doc, re.MULTILINE)
         super().__init__(
             description=doc.splitlines()[0],
-            epilog=f"examples:\n{examples[0]}" if examples else None,
+            epilog=(f"examples:\n{examples[0]}\n" if examples else "") + note,
             formatter_class=_HelpWithDefaults,
             allow_abbrev=False,  # batch scripts look for whole flags
         )

@@ -75,7 +75,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return grey.convert("L")
 
 
-def _describe(error: BadImageError) -> str:
+def describe(error: BadImageError) -> str:
+    """What is wrong with the file, in a word or two."""
     path, cause = Path(error.args[0]), error.__cause__
     if not path.exists():
         return "missing"
@@ -84,6 +85,22 @@ def _describe(error: BadImageError) -> str:
     if isinstance(cause, UnidentifiedImageError):
         return "not an image"
     return "truncated" if "truncated" in str(cause).lower() else f"damaged: {cause}"
+
+
+def whole_image(path: str, side: int) -> torch.Tensor:
+    """Decode a small image, [3, side, side] uint8, as it lies in the decoded file.
+
+    Raises:
+        BadImageError: see `open_image`.
+    """
+    return _squared(open_image(path), side)
+
+
+def _squared(image: Image.Image, side: int) -> torch.Tensor:
+    if image.size != (side, side):  # a stray among images of one size
+        image = TF.center_crop(TF.resize(image, [side]), [side, side])
+    pixels: torch.Tensor = TF.pil_to_tensor(image)
+    return pixels
 
 
 class _Decoded(Dataset[tuple[torch.Tensor, str]]):
@@ -100,12 +117,8 @@ class _Decoded(Dataset[tuple[torch.Tensor, str]]):
         try:
             image = open_image(self.paths[index])
         except BadImageError as error:
-            return blank, _describe(error)
-        if not self.side:
-            return blank, ""
-        if image.size != (self.side, self.side):  # a stray among images of one size
-            image = TF.center_crop(TF.resize(image, [self.side]), [self.side, self.side])
-        return TF.pil_to_tensor(image), ""
+            return blank, describe(error)
+        return _squared(image, self.side) if self.side else blank, ""
 
 
 def _decode(

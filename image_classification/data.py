@@ -103,6 +103,11 @@ class ImageData(NamedTuple):
     val: DecodedImages | ImageFiles
     notes: Sequence[str] = ()  # lines on what its owner may not expect
 
+    @property
+    def whole_side(self) -> int | None:
+        """Side of the images, where validation sees them whole; None for larger ones."""
+        return None if isinstance(self.val, ImageFiles) else self.val.images.shape[-1]
+
 
 def load_dataset(
     name: str, image_size: int | None, seed: int, workers: int, download: bool

@@ -145,6 +145,26 @@ def _refuse_broken_link(path: Path) -> None:
         raise UserError(f"{path}: a link to {path.readlink()}, which is missing")
 
 
+def readable_names(root: Path, classes: list[str]) -> list[str]:
+    """The first word that words.txt has for each class, else the class's own name."""
+    words = root / "words.txt"
+    known = {}
+    if words.is_file():
+        for line in words.read_text("utf-8-sig", "replace").splitlines():
+            wnid, _, synonyms = line.partition("\t")
+            known[wnid] = synonyms.split(",")[0].strip()
+    return [known.get(name) or name for name in classes]
+
+
+def walk_images(folder: Path) -> list[str]:
+    """The images of a folder and of those within it, in a fixed order, without hidden ones."""
+    found = []
+    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        folders[:] = sorted(_shown(folders))
+        found += [f"{place}{os.sep}{file}" for file in sorted(_shown(files)) if is_image_file(file)]
+    return found
+
+
 def _list_classes(folder: Path, positions: dict[str, int], left_out: Counter[str]) -> Split:
     """The images of classes, in ImageFolder's order; counts the endings of all other files."""
     split = Split([], [])

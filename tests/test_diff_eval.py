@@ -109,6 +109,15 @@ def test_the_images_the_table_and_the_csv_are_those_known(folder: Path) -> None:
     assert sheet.size[0] > 300
 
 
+def test_classes_are_listed_without_a_checkpoint(folder: Path) -> None:
+    result = compare(folder, "--classes", "help")
+    lines = ["0\tcat\tcat", "1\tdog\tdomestic dog", "2\tfox\tfox"]
+    assert result.out.splitlines() == lines
+    assert "no-such" in error_line(
+        run("diff_eval.py", "--classes", "help", "--data", "no-such", cwd=folder)
+    )
+
+
 def test_identical_checkpoints_do_not_differ_and_an_earlier_output_is_replaced(
     folder: Path,
 ) -> None:

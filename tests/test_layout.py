@@ -57,7 +57,7 @@ def test_the_house_is_what_these_tests_look_at() -> None:
     names = [path.relative_to(KIT).as_posix() for path in PRODUCT]
     assert {"resnet_main.py", "engine/run.py", "image_classification/data.py"} < {*names}
     assert "word_language_model/data.py" in names
-    assert {"resnet_main", "lm_main", "lm_generate", "diff_eval"} < {*COMMANDS}
+    assert {"resnet_main", "predict", "lm_main", "lm_generate", "diff_eval"} < {*COMMANDS}
 
 
 @pytest.mark.parametrize("folder", BELOW)

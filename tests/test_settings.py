@@ -1,11 +1,14 @@
 """One rule settles every setting: a flag, else the checkpoint's value, else the default."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from kit import (
+    KIT,
     PROBE,
     differences,
     error_line,
@@ -17,6 +20,7 @@ from kit import (
     scalars,
 )
 
+import lm_main
 import resnet_main
 from engine.cli import ArgumentParser, UserError, fraction, non_negative_float, positive_int
 from image_classification import settings as image_settings
@@ -251,3 +255,18 @@ def test_help_says_what_a_docstring_says_first_and_ends_with_its_examples() -> N
     assert "\n\nDo it.\n\n" in text
     assert text.endswith("\n\nexamples:\n    python it.py\n    python it.py -a 1  # twice\n")
     assert "More" not in text and "no example" not in text
+
+
+@pytest.mark.parametrize(
+    "path", sorted(KIT.glob("accelerate_configs/*.yaml")), ids=lambda p: p.name
+)
+def test_help_says_which_yaml_takes_which_processes(path: Path) -> None:
+    chosen = yaml.safe_load(path.read_text())
+    nodes, processes = chosen["num_machines"], chosen["num_processes"]
+    kind, precision = "CPU" if chosen["use_cpu"] else "GPU", chosen["mixed_precision"]
+    counts = {1: "one", 2: "two", 4: "four"}
+    for parser in (resnet_main.make_parser(), lm_main.make_parser()):
+        (line,) = re.findall(rf"^ +{path.name} +(.*)", parser.format_help(), re.MULTILINE)
+        words = re.findall(r"\w+", line)
+        assert f"{counts[processes // nodes]} " in line and ("two nodes" in line) == (nodes == 2)
+        assert kind in line and {"no": "float32"}.get(precision, precision) in words

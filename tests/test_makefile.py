@@ -1,0 +1,72 @@
+"""`make venv` on machines whose python3 is not the one that the kit needs."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kit import KIT, Result
+
+# Says that it is another version; `-m venv` and `-m pip` are noted, and make what make needs.
+STUB = """#!/bin/sh
+if [ "$1" = -c ]; then
+  exec {real} -c 'import sys; sys.version_info = {version}; exec(sys.argv[1])' "$2"
+fi
+echo "$0 $*" >> {calls}
+for folder; do :; done
+if [ "$2" = venv ]; then mkdir -p "$folder/bin" && cp "$0" "$folder/bin/python"; fi
+"""
+
+
+def put_stub(path: Path, version: tuple[int, int, int], calls: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(STUB.format(real=sys.executable, version=version, calls=calls))
+    path.chmod(0o755)
+
+
+def make_venv(folder: Path, version: tuple[int, int, int]) -> Result:
+    put_stub(folder / "path" / "python3", version, folder / "calls")
+    env = {"PATH": f"{folder / 'path'}:/usr/bin:/bin"}
+    command = [shutil.which("make") or "make", "venv", f"VENV={folder / 'venv'}"]
+    done = subprocess.run(command, cwd=KIT, env=env, capture_output=True, text=True)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("version", [(2, 7, 18), (3, 6, 8), (3, 10, 12)])
+def test_an_old_python_is_one_line_and_nothing_is_made(
+    tmp_path: Path, version: tuple[int, int, int]
+) -> None:
+    result = make_venv(tmp_path, version)
+    assert result.code == 2
+    said = [line for line in result.err.splitlines() if not line.startswith("make")]
+    assert said == [
+        f"python3 is Python {version[0]}.{version[1]}, and 3.11 or newer is needed: "
+        "make venv PYTHON=python3.12"
+    ]
+    assert result.out == ""
+    assert not (tmp_path / "calls").exists()
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("left", "is_cleared"),
+    [(None, False), ((3, 9, 2), True), ((3, 12, 1), False), ((0, 0, 0), True)],
+)
+def test_what_an_earlier_attempt_left_is_no_obstacle(
+    tmp_path: Path, left: tuple[int, int, int] | None, is_cleared: bool
+) -> None:
+    """PyTorch's CPU packages, installed by the same Python, stay; those of another one go."""
+    venv = tmp_path / "venv"
+    if left:
+        put_stub(venv / "bin" / "python", left, tmp_path / "calls")
+        (venv / "pyvenv.cfg").touch()
+    if left == (0, 0, 0):
+        (venv / "bin" / "python").unlink()  # a link to a Python that has gone
+    result = make_venv(tmp_path, (3, 12, 4))
+    assert result.code == 0, result
+    made, installed = (tmp_path / "calls").read_text().splitlines()
+    clear = "--clear " if is_cleared else ""
+    assert made == f"{tmp_path}/path/python3 -m venv {clear}{venv}"
+    assert installed.startswith(f"{venv}/bin/python -m pip install ")
+    assert (venv / ".run").exists()
