@@ -26,11 +26,15 @@ $(VENV)/.run: requirements.txt constraints.txt
 	@echo "Installing into $(VENV): 3 GB to download, some minutes"
 	$(PYTHON) -m venv $$(test ! -f $(VENV)/pyvenv.cfg || \
 	  test "$$($(BIN)/python $(MINOR))" = "$$($(PYTHON) $(MINOR))" || echo --clear) $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt -c constraints.txt
+	@# A torch that is there (for CPUs, or an older driver) stays, and the rest goes with it.
+	@if $(BIN)/python -c "import torch" 2> /dev/null; then \
+	  grep -Ev '^(torch|torchvision|triton|nvidia-.*|cuda-.*)==' constraints.txt; \
+	else cat constraints.txt; fi > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -c $(VENV)/constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c $(VENV)/constraints.txt
 	touch $@
 
 help:

@@ -278,7 +278,7 @@ def leave(code: int) -> NoReturn:
         for signum in STOP_SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.exit(code)
+        raise SystemExit(code) from None  # IPython stumbles over an error with a context
     os._exit(code)
 
 

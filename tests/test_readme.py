@@ -29,11 +29,11 @@ SMALLER = {
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of every command in a page's ```bash blocks, or after a $ in its ``` blocks."""
+    """The words of every command in a page's ```bash blocks, or after $ or ! in its others."""
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if language == "bash" or line.startswith("$ "):
-                yield shlex.split(line.removeprefix("$ "), comments=True)
+            if language == "bash" or line.startswith(("$ ", "!")):
+                yield shlex.split(line.removeprefix("$ ").removeprefix("!"), comments=True)
 
 
 def script_of(words: list[str]) -> tuple[str, list[str]] | None:
@@ -58,7 +58,8 @@ def script_of(words: list[str]) -> tuple[str, list[str]] | None:
         dry = subprocess.run(["make", "-n", *rest], cwd=KIT, capture_output=True, text=True)
         assert dry.returncode == 0, dry
     else:
-        assert words in ([".", ".venv/bin/activate"], ["tensorboard", "--logdir", "output"])
+        others = (". .venv/bin/activate", "tensorboard --logdir output")
+        assert " ".join(words) in (*others, "pip install -q -r requirements.txt")
     return None
 
 
