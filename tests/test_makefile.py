@@ -25,9 +25,9 @@ def put_stub(path: Path, version: tuple[int, int, int], calls: Path) -> None:
     path.chmod(0o755)
 
 
-def make_venv(folder: Path, version: tuple[int, int, int]) -> Result:
+def make_venv(folder: Path, version: tuple[int, int, int], **others: str) -> Result:
     put_stub(folder / "path" / "python3", version, folder / "calls")
-    env = {"PATH": f"{folder / 'path'}:/usr/bin:/bin"}
+    env = {"PATH": f"{folder / 'path'}:/usr/bin:/bin", **others}
     command = [shutil.which("make") or "make", "venv", f"VENV={folder / 'venv'}"]
     done = subprocess.run(command, cwd=KIT, env=env, capture_output=True, text=True)
     return Result(done.returncode, done.stdout, done.stderr)
@@ -70,3 +70,20 @@ def test_what_an_earlier_attempt_left_is_no_obstacle(
     assert made == f"{tmp_path}/path/python3 -m venv {clear}{venv}"
     assert installed.startswith(f"{venv}/bin/python -m pip install ")
     assert (venv / ".run").exists()
+
+
+@pytest.mark.parametrize("has_torch", [False, True])
+def test_a_torch_that_is_there_stays(has_torch: bool, tmp_path: Path) -> None:
+    """One for CPUs or an older driver is of another version and needs other CUDA libraries."""
+    stub = "" if has_torch else "raise ImportError"
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "torch.py").write_text(stub)
+    result = make_venv(tmp_path, (3, 12, 4), PYTHONPATH=str(tmp_path / "path"))
+    assert result.code == 0, result
+    pinned = (tmp_path / "venv" / "constraints.txt").read_text().splitlines()
+    left_out = {*(KIT / "constraints.txt").read_text().splitlines()} - {*pinned}
+    names = {line.split("==")[0] for line in left_out}
+    assert ({"torch", "torchvision", "triton", "nvidia-nccl-cu13", "cuda-toolkit"} <= names) == (
+        has_torch
+    )
+    assert not names & {"torchviz", "torchsummary", "accelerate"}
