@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from accelerate.utils import (
     get_int_from_env,
     parse_flag_from_env,
 )
+from tqdm import tqdm
 
 from engine.cli import UserError
 from engine.stop import RANKS, has_temporary_folder
@@ -92,6 +94,9 @@ def build_accelerator(broadcast_buffers: bool = True) -> Accelerator:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # cuDNN's RNNs sum in a fixed order only with workspaces of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # By default tqdm's lock is a semaphore, and where workers are spawned (macOS) Python warns at
+    # the end that it was left behind.
+    tqdm.set_lock(threading.RLock())
     _refuse_leftovers()
     _refuse_unknown_modes()
     asked = get_int_from_env(WORLD_SIZE_VARIABLES, 1)

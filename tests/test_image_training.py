@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from kit import PROBE, image, make_dataset, read, run, scalars
+from kit import PROBE, Launched, image, make_dataset, read, run, scalars
 from process_probe import small_model
 from torch import nn
 from torch.nn import functional as F
@@ -264,3 +264,19 @@ def test_the_original_goes_on_at_the_rate_of_its_schedule(tmp_path: Path) -> Non
         found.append(theirs.param_groups[0]["lr"])
         assert content["epoch"] == epochs
         assert found == pytest.approx(rates)
+
+
+def test_workers_may_be_spawned(tmp_path: Path) -> None:
+    """As on macOS and Windows: a worker is a new Python that imports the command."""
+    make_dataset(tmp_path / "set", train=4, val=3, side=160)
+    site = tmp_path / "site" / "sitecustomize.py"
+    site.parent.mkdir()
+    site.write_text(
+        "import contextlib, multiprocessing\n"
+        "with contextlib.suppress(RuntimeError):\n"  # a worker has its method already
+        "    multiprocessing.set_start_method('spawn')\n"
+    )
+    flags = ("set", "--image-size", 32, "--stem", "stock", "-b", 12, "-j", 1, "--epochs", 1)
+    env = {"PYTHONPATH": str(site.parent), "CUDA_VISIBLE_DEVICES": ""}
+    done = Launched(None, "resnet_main.py", *flags, cwd=tmp_path, env=env).finish()
+    assert (done.code, done.err) == (0, ""), done
