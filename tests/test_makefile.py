@@ -1,12 +1,15 @@
-"""`make venv` on machines whose python3 is not the one that the kit needs."""
+"""`make demo`, and `make venv` on machines whose python3 is not the one that the kit needs."""
 
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from kit import KIT, Result
+from kit import KIT, Result, make_dataset, run
+from PIL import Image
 
 # Says that it is another version; `-m venv` and `-m pip` are noted, and make what make needs.
 STUB = """#!/bin/sh
@@ -31,6 +34,24 @@ def make_venv(folder: Path, version: tuple[int, int, int], **others: str) -> Res
     command = [shutil.which("make") or "make", "venv", f"VENV={folder / 'venv'}"]
     done = subprocess.run(command, cwd=KIT, env=env, capture_output=True, text=True)
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_demo_ends_with_its_curves(tmp_path: Path) -> None:
+    """The training, evaluation and picture of `make demo`, of fewer and smaller images."""
+    make_dataset(tmp_path / "data" / "sample", train=4, val=6)
+    dry = ["make", "-n", "-o", ".venv/.run", "demo", f"DEMO={tmp_path / 'demo'}"]
+    said = subprocess.run(dry, cwd=KIT, capture_output=True, text=True, check=True).stdout
+    train, evaluate, draw = re.findall(r"^\.venv/bin/(?:.*\\\n)*.*", said, re.MULTILINE)
+    for command in (train, evaluate):
+        words = shlex.split(command.replace("\\\n", " "))
+        small = ["--epochs", "2", "-b", "8"] * (command is train)
+        result = run(*words[words.index("resnet_main.py") :], *small, cwd=tmp_path)
+        assert result.code == 0, result
+    words = shlex.split(draw)
+    assert words[1] == "-c"
+    subprocess.run([sys.executable, *words[1:]], cwd=KIT, check=True)
+    assert Image.open(tmp_path / "demo" / "curves.png").size == (900, 360)
+    assert f"{tmp_path / 'demo'}/curves.png, or .venv/bin/tensorboard --logdir" in said
 
 
 @pytest.mark.parametrize("version", [(2, 7, 18), (3, 6, 8), (3, 10, 12)])

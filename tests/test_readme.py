@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from kit import KIT, make_corpus, make_dataset, run
+from kit import KIT, image, make_corpus, make_dataset, run
 
 PAGES = [KIT / "README.md", *sorted((KIT / "docs").glob("*.md"))]
 
 # What each script gets beside its flags, so that it takes a second.
 SMALLER = {
     "resnet_main.py": "--epochs 1 -b 8 -j 1 --image-size 32 --stem stock --lr 0.001",
+    "predict.py": "",
     "diff_eval.py": "-j 1",
     "model_summary.py": "",
     "export_graph.py": "--format gv",
@@ -58,8 +59,14 @@ def script_of(words: list[str]) -> tuple[str, list[str]] | None:
         dry = subprocess.run(["make", "-n", *rest], cwd=KIT, capture_output=True, text=True)
         assert dry.returncode == 0, dry
     else:
-        others = (". .venv/bin/activate", "tensorboard --logdir output")
-        assert " ".join(words) in (*others, "pip install -q -r requirements.txt")
+        others = (
+            "git clone URL kit",
+            "cd kit",
+            ". .venv/bin/activate",
+            "tensorboard --logdir output",
+            "pip install -q -r requirements.txt",
+        )
+        assert shlex.join(words) in others
     return None
 
 
@@ -93,6 +100,9 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
     make_dataset(tmp_path / "data" / "tiny-imagenet-200", train=4, val=6)
     make_dataset(tmp_path / "data" / "sample", train=4, val=6)
     make_dataset(tmp_path / "path" / "to" / "images", "plain", train=4, val=6)
+    (tmp_path / "photos").mkdir()
+    for name in ("photo.jpg", "photos/another.jpg"):
+        image(name, 80).save(tmp_path / name)
     make_corpus(tmp_path / "data" / "wikitext-2")
     make_corpus(tmp_path / "data" / "sample-text")
     text = PAGES[0].read_text()
@@ -105,8 +115,9 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
             continue
         script, flags = found
         started.add(script)
-        if place := re.search(r"(gpu\d)\.yaml resnet", " ".join(words)):
-            flags += ["--output-dir", f"output/resnet18-{place[1]}"]  # as on such a machine
+        if place := re.search(r"gpu(\d)\.yaml (?:--num_processes (\d) )?resnet", " ".join(words)):
+            # As on such a machine.
+            flags += ["--output-dir", f"output/resnet18-gpu{place[2] or place[1]}"]
         result = run(script, *flags, *SMALLER[script].split(), cwd=tmp_path)
         assert (result.code, result.err.count("error")) == (0, 0), (script, flags, result)
         if script == "model_summary.py":
