@@ -37,6 +37,8 @@ from typing import Any
 
 from engine.cli import ArgumentParser, UserError, nonempty, pathname, positive_int
 
+SECTIONS = ("sizes", "images", "text")
+
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
@@ -49,6 +51,8 @@ def make_parser() -> ArgumentParser:
     add("--image-flags", default="--stem stock -b 32 --lr 0.02 --lr-schedule cosine --seed 1",
         metavar="FLAGS", help="more flags of resnet_main.py")
     add("--text-flags", default="--seed 1111", metavar="FLAGS", help="more flags of lm_main.py")
+    add("--only", nargs="+", choices=SECTIONS, default=[*SECTIONS],
+        help="parts to run; what the others have made stays for the next report")
     add("--output-dir", type=pathname, default=Path("output/report"), metavar="DIR",
         help="for report.md, report.html and all that the commands write")
     # fmt: on
@@ -108,7 +112,8 @@ class Report:
         self.sections: list[str] = []
         self.failures: list[str] = []  # of this call
         check_writable(self.folder, "--output-dir")
-        settings = {key: value for key, value in vars(args).items() if key != "output_dir"}
+        own = ("output_dir", "only")  # may differ from call to call
+        settings = {key: value for key, value in vars(args).items() if key not in own}
         self.state: dict[str, Any] = {"settings": settings, "files": {}, "steps": {}}
         self.state_path = self.folder / "state.json"
         if not self.state_path.exists():
@@ -469,6 +474,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = [
         f"--{name.replace('_', '-')}={value}" for name, value in report.state["settings"].items()
     ]
+    flags += ["--only", *args.only] if args.only != [*SECTIONS] else []
     report.add(
         "# Report",
         f"Images: `{args.data}`; text: `{args.text}`. On {os.cpu_count()} CPU cores and "
@@ -477,11 +483,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         fenced(shlex.join([*script("reproduce.py"), *flags])),
     )
     try:
-        report.attempt(add_sizes)
-        if trained := add_trainings(report):
+        if "sizes" in args.only:
+            report.attempt(add_sizes)
+        if "images" in args.only and (trained := add_trainings(report)):
             report.attempt(add_curves, trained)
             report.attempt(add_disagreements, trained)
-        if models := add_language_models(report):
+        if "text" in args.only and (models := add_language_models(report)):
             report.attempt(add_text_curves, models)
             for model in models:
                 report.attempt(add_text, model)

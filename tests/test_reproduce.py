@@ -237,6 +237,17 @@ def test_a_signal_stops_a_launched_training_in_order(
     assert load(latest)["epoch"] == 0
 
 
+def test_one_part_is_run_alone_and_kept_for_the_whole(tmp_path: Path) -> None:
+    result = run("reproduce.py", "--only", "sizes", cwd=tmp_path)
+    assert result.code == 0, result
+    page = (tmp_path / "output" / "report" / "report.md").read_text()
+    assert re.findall("^## (.)", page, re.MULTILINE) == ["1"]
+    assert page.split("```")[1].rstrip().endswith(" --only sizes")
+    again = run("reproduce.py", "--only", "sizes", cwd=tmp_path)
+    assert "done before" in again.out
+    assert "'nothing'" in error_line(run("reproduce.py", "--only", "nothing", cwd=tmp_path))
+
+
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "state.json").write_text("[]")
