@@ -280,3 +280,13 @@ def test_workers_may_be_spawned(tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(site.parent), "CUDA_VISIBLE_DEVICES": ""}
     done = Launched(None, "resnet_main.py", *flags, cwd=tmp_path, env=env).finish()
     assert (done.code, done.err) == (0, ""), done
+
+
+def test_a_steps_sums_count_each_sample_once_and_no_padding() -> None:
+    logits = torch.eye(8)[[0, 1, 2, 3]] + 0.1 * torch.arange(8.0)
+    targets = torch.tensor([0, 4, 0, 3])  # likeliest, among the five likeliest, not, padding
+    losses = torch.tensor([1.0, 2.0, 4.0, math.nan])
+    sums = metrics.batch_sums(logits, targets, losses, torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    assert sums.tolist() == [1, 7, 100, 200, 3]
+    means = Sums(build_accelerator(), [*metrics.METRICS]).means(sums)
+    assert means == pytest.approx({"Loss": 7 / 3, "Acc@1": 100 / 3, "Acc@5": 200 / 3})
