@@ -101,35 +101,7 @@ def build_accelerator(broadcast_buffers: bool = True) -> Accelerator:
     _refuse_unknown_modes()
     asked = get_int_from_env(WORLD_SIZE_VARIABLES, 1)
     asked_here = get_int_from_env(["LOCAL_WORLD_SIZE"], asked)
-    launched = _is_launched()
-    # As cpu4.yaml sets it. A single -1 is a user's, who may have asked for GPUs all the same.
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1,")
-    try:
-        wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or hidden
-    except ValueError as error:
-        raise UserError(f"ACCELERATE_USE_CPU: {error}: true or false") from error
-    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-
-    several_asked = launched and "MASTER_ADDR" in os.environ and asked == 1
-    if several_asked and not any(name in os.environ for name in WORLD_SIZE_VARIABLES):
-        raise UserError(
-            "the launcher was asked for several CPU processes and started one (or MASTER_ADDR is "
-            "left over in the environment: unset it): use "
-            "--config_file accelerate_configs/cpu4.yaml, or torchrun --nproc-per-node N"
-        )
-    if not wants_cpu and devices < asked_here and (launched or devices > 0):
-        hiding = _hiding() and f" ({_hiding()})"
-        how = f"--num_processes {devices}" if devices > 1 else "gpu1.yaml"
-        why = f"{devices} GPU(s){hiding}: launch with {how}"
-        raise UserError(
-            f"{asked_here} process(es) with a GPU each were asked for, and this machine shows "
-            f"{why if devices else _why_no_gpu()}; or {ON_CPU}"
-        )
-    cpu = wants_cpu or devices == 0
-    if not cpu and torch.cuda.is_available():
-        _refuse_unknown_gpu(get_int_from_env(["LOCAL_RANK"], 0) % torch.cuda.device_count())
-    if cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
-        raise UserError("fp16 needs a GPU: on a CPU launch with --mixed_precision bf16 or no")
+    cpu = _runs_on_cpu(asked, asked_here)
     if asked > asked_here and "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = find_interface()
     joining = InitProcessGroupKwargs(timeout=ANSWER_WITHIN)
@@ -162,6 +134,45 @@ def build_accelerator(broadcast_buffers: bool = True) -> Accelerator:
         # oneDNN's LSTM fails there; torch's own computes, and no layer is slower for it.
         torch.backends.mkldnn.set_flags(False)
     return accelerator
+
+
+def _runs_on_cpu(asked: int, asked_here: int) -> bool:
+    """Whether the CPU computes; raises `UserError` for processes that lack the GPUs they ask for.
+
+    Args:
+        asked: processes in all.
+        asked_here: on this node.
+    """
+    launched = _is_launched()
+    # As cpu4.yaml sets it. A single -1 is a user's, who may have asked for GPUs all the same.
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1,")
+    try:
+        wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or hidden
+    except ValueError as error:
+        raise UserError(f"ACCELERATE_USE_CPU: {error}: true or false") from error
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+    several_asked = launched and "MASTER_ADDR" in os.environ and asked == 1
+    if several_asked and not any(name in os.environ for name in WORLD_SIZE_VARIABLES):
+        raise UserError(
+            "the launcher was asked for several CPU processes and started one (or MASTER_ADDR is "
+            "left over in the environment: unset it): use "
+            "--config_file accelerate_configs/cpu4.yaml, or torchrun --nproc-per-node N"
+        )
+    if not wants_cpu and devices < asked_here and (launched or devices > 0):
+        hiding = _hiding() and f" ({_hiding()})"
+        how = f"--num_processes {devices}" if devices > 1 else "gpu1.yaml"
+        why = f"{devices} GPU(s){hiding}: launch with {how}"
+        raise UserError(
+            f"{asked_here} process(es) with a GPU each were asked for, and this machine shows "
+            f"{why if devices else _why_no_gpu()}; or {ON_CPU}"
+        )
+    cpu: bool = wants_cpu or devices == 0
+    if not cpu and torch.cuda.is_available():
+        _refuse_unknown_gpu(get_int_from_env(["LOCAL_RANK"], 0) % torch.cuda.device_count())
+    if cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise UserError("fp16 needs a GPU: on a CPU launch with --mixed_precision bf16 or no")
+    return cpu
 
 
 def _is_launched() -> bool:
