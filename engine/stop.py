@@ -90,10 +90,10 @@ if _runs_a_command():
     # Every process would repeat the warnings of torch's C++, as that find_unused_parameters costs
     # time. Errors stay.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Threads that wait for each other spin, for very long by default: two trainings at a time on
-    # two cores are then thirty times slower. libgomp reads this when torch loads it.
+    # Threads that wait for each other spin, by default for very long: two trainings at a time on
+    # two cores are then ten times slower. libgomp reads this when torch loads it.
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     # torch looks for a folder for compiled kernels even when it compiles none.
     if not has_temporary_folder():
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.sep)

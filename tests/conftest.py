@@ -7,7 +7,7 @@ import pytest
 from processes import end, guard, marked, servers
 
 # As the commands set it for themselves: many processes here are forks of one with torch loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time: each process gets one thread
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 MARK = guard()

@@ -426,7 +426,7 @@ def test_waiting_threads_spin_briefly_unless_told_otherwise(variable: str, tmp_p
     env |= dict([variable.split("=")] if variable else []) | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(KIT / "resnet_main.py")]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    expected = {"": [None, "1000"], names[0]: ["ACTIVE", None], names[1]: [None, "7"]}
+    expected = {"": [None, "3000"], names[0]: ["ACTIVE", None], names[1]: [None, "7"]}
     assert done.stderr == f"{expected[variable.split('=')[0]]}\n"
 
 
