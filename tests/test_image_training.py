@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from engine.cli import UserError
 from engine.launch import build_accelerator
-from engine.metrics import Sums, step_sums
+from engine.metrics import Sums, step_sums, sum_of_parts
 from engine.seeds import derive_seed
 from image_classification import metrics
 from image_classification.data import (
@@ -280,6 +280,13 @@ def test_workers_may_be_spawned(tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(site.parent), "CUDA_VISIBLE_DEVICES": ""}
     done = Launched(None, "resnet_main.py", *flags, cwd=tmp_path, env=env).finish()
     assert (done.code, done.err) == (0, ""), done
+
+
+def test_a_steps_loss_is_finite_where_those_of_all_its_parts_are() -> None:
+    whole = step_sums(torch.tensor(2.0), torch.tensor(3))
+    assert sum_of_parts([whole, whole]).tolist() == [1, 4, 6]
+    broken = sum_of_parts([whole, step_sums(torch.tensor(math.inf), torch.tensor(3)), whole])
+    assert broken.tolist() == [0, math.inf, 9]
 
 
 def test_a_steps_sums_count_each_sample_once_and_no_padding() -> None:
