@@ -295,6 +295,8 @@ def fit(
         f"process; checkpoints in {run.latest.parent}, curves in {run.log_dir}"
     )
 
+    names = readable_names(data.root, data.classes)  # once, and not from a folder that has gone
+
     def contents() -> dict[str, Any]:
         """What a checkpoint holds beside what the run itself adds (`Run.save`)."""
         # The original goes on with the rate in the file: that of the epoch under way.
@@ -303,7 +305,7 @@ def fit(
             **{name: getattr(args, name) for name in SETTINGS},
             "seeded": args.seeded,
             "classes": data.classes,
-            "names": readable_names(data.root, data.classes),
+            "names": names,
             "whole_side": data.whole_side,
             "num_classes": len(data.classes),
             "scheduler": {"last_epoch": run.epoch, "base_lrs": [args.lr]},  # of the original
