@@ -146,11 +146,13 @@ def check_writable(directory: Path, flag: str, name: str = "") -> None:
         probe.write_bytes(b"x" * 4096)
         probe.unlink()
     except OSError as error:
-        raise _unwritable(directory / name, error, flag) from error
+        raise unwritable(directory / name, error, flag) from error
 
 
-def _unwritable(path: Path, error: OSError, flag: str) -> UserError:
-    return UserError(f"cannot write to {path}: {error.strerror}; choose another with {flag}")
+def unwritable(path: Path, error: OSError | UnicodeError, flag: str) -> UserError:
+    """The line about `path`, which `flag` chooses."""
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"cannot write to {path}: {reason}; choose another with {flag}")
 
 
 Named = tuple[str, Path]  # a path and the flag that chooses it
@@ -193,7 +195,7 @@ def check_outputs(
             if _is_stream(path):
                 continue
         except OSError as error:
-            raise _unwritable(path, error, flag) from error
+            raise unwritable(path, error, flag) from error
         if path.is_symlink():
             path = Path(os.path.realpath(path))
         check_writable(path.parent, flag, path.name)

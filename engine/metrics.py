@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from engine.cli import UserError
+from engine.files import unwritable
 
 Means = dict[str, float]  # by the metrics' names
 
@@ -145,11 +146,7 @@ class Curves:
             try:
                 self.writer = SummaryWriter(str(log_dir), purge_step=first_epoch)
             except (OSError, UnicodeError) as error:  # TensorBoard wants UTF-8
-                raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError | UnicodeError) -> UserError:
-        reason = getattr(error, "strerror", None) or error
-        return UserError(f"cannot write to {self.log_dir}: {reason}; choose another with --log-dir")
+                raise unwritable(log_dir, error, "--log-dir") from error
 
     def add(self, epoch: int, scalars: Mapping[str, float]) -> None:
         if self.writer is None:
@@ -159,4 +156,4 @@ class Curves:
                 self.writer.add_scalar(tag, scalar, epoch)
             self.writer.flush()
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise unwritable(self.log_dir, error, "--log-dir") from error

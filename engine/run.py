@@ -28,7 +28,15 @@ from torch import nn
 
 from engine.checkpoints import Checkpoint, Writer, load, newest_whole, previous_of
 from engine.cli import UserError, fall_back_to_stderr
-from engine.files import Named, check_outputs, lock, same_place, writing
+from engine.files import (
+    Named,
+    check_outputs,
+    lock,
+    same_place,
+    unwritable,
+    whole_or_absent,
+    writing,
+)
 from engine.launch import ANSWER_WITHIN, set_patience
 from engine.metrics import Curves, Means, Sums, diverged, has_points
 from engine.seeds import seed_generators
@@ -252,12 +260,15 @@ class Run:
             contents: what the job adds to a checkpoint; every process calls it.
         """
         self.contents = contents
-        self.curves = Curves(self.accelerator, self.log_dir, self.number)
         if self.accelerator.is_main_process:
             # Relative: a run can be moved together with its curves.
             owner = os.fsencode(os.path.relpath(self.latest, self.log_dir))
-            with writing(self.owner_note) as temporary:
-                temporary.write_bytes(owner)
+            try:
+                with whole_or_absent(self.owner_note) as temporary:
+                    temporary.write_bytes(owner)
+            except OSError as error:
+                raise unwritable(self.log_dir, error, "--log-dir") from error
+        self.curves = Curves(self.accelerator, self.log_dir, self.number)
         try:
             with Writer(self.latest, self.resumed) as self.writer, self.preemption.deferred():
                 self._carry_best()
