@@ -81,7 +81,7 @@ class Checkpoint(dict[str, Any]):
                 )
             if have.is_floating_point() != want.is_floating_point():
                 raise self.error(f"{name} is {have.dtype} instead of {want.dtype}")
-        # Through the model's own dict: some modules keep their version there.
+        # Through the model's own dict, in which some modules keep their version.
         own.update(state)
         model.load_state_dict(own)
 
@@ -96,7 +96,7 @@ class Checkpoint(dict[str, Any]):
             return
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Accelerate's
         try:
-            # Set before the load: they decide on which device torch puts AdamW's `step`.
+            # OWN_OPTIONS are set before the load: torch places AdamW's `step` by them.
             pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
             groups = [{**its, **{k: own[k] for k in OWN_OPTIONS if k in own}} for its, own in pairs]
             optimizer.load_state_dict({**state, "param_groups": groups})
@@ -105,7 +105,7 @@ class Checkpoint(dict[str, Any]):
                     raise ValueError(f"no {type(optimizer).__name__}: {min(missing)} is missing")
             for parameter, values in optimizer.state.items():
                 for name, tensor in values.items():
-                    if name == "step" or tensor is None:  # AdamW's count; momentum before a step
+                    if name == "step" or tensor is None:  # AdamW's count; no momentum yet
                         continue
                     if tensor.shape != parameter.shape:
                         raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
@@ -115,7 +115,7 @@ class Checkpoint(dict[str, Any]):
             raise self.error(f"its optimizer is not one for this model ({error})") from error
 
     def load_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Load the loss scale of an fp16 run; one of another precision had none, and it begins.
+        """Load the loss scale of an fp16 run. After a run of another precision it begins anew.
 
         Raises:
             UserError: a damaged state.
@@ -146,7 +146,7 @@ def save(
     target = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path = Path(os.path.realpath(path))  # some systems' hard links are to a link itself
+        path = Path(os.path.realpath(path))  # some systems hard-link to a link itself
         with contextlib.ExitStack() as afterwards:
             if previous is not None:
                 # A temporary second name, renamed to `previous` after `path` has its new file:
@@ -266,8 +266,8 @@ def newest_whole(paths: Sequence[Path]) -> Path:
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU: the kit's, the original's, or weights under other keys.
 
-    Those are a bare state dict, also as safetensors, and what other programs write: torchvision's
-    references (`model`), Lightning, `model_state_dict`, `net`.
+    Other keys are `model` (torchvision's references), `model_state_dict` and `net`. Lightning's
+    files and bare state dicts are read too, the latter also as safetensors.
 
     Raises:
         UserError: a file that is missing, cut, damaged, not a checkpoint, or that holds code.
@@ -283,7 +283,7 @@ def load(path: Path) -> Checkpoint:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
         else:
-            # torchvision's references keep their flags in one, of plain values.
+            # torchvision's references keep their flags, plain values, in a Namespace.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -44,7 +44,7 @@ class _HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with errors of one line, and with settings, whose defaults may come later.
+    """argparse with errors of one line, and with settings: flags without a default at first.
 
     Args:
         doc: a docstring, whose first line says what the command does, and whose first indented
@@ -185,19 +185,19 @@ def fraction(text: str) -> float:
 class _Stream(io.TextIOWrapper):
     """A standard stream on which a print always succeeds; what cannot be written is lost.
 
-    Lines are written at once, for who watches a log, and characters that the encoding lacks are
+    Lines are written at once, for whoever watches a log. Characters that the encoding lacks are
     escaped.
     """
 
     is_product = False  # within `product`
-    is_lost = False  # whether its descriptor leads elsewhere by now
-    refuge: int | None = None  # a descriptor to lead to before nowhere
+    is_lost = False  # whether a write has failed, and its descriptor was redirected
+    refuge: int | None = None  # where to redirect it, instead of to nowhere
 
     def __init__(self, replaced: Any) -> None:
-        # With PYTHONUNBUFFERED its buffer is none, and would not keep what could not be written.
+        # With PYTHONUNBUFFERED its own is raw, and would not keep what could not be written.
         buffer = io.BufferedWriter(getattr(replaced.buffer, "raw", replaced.buffer))
         super().__init__(buffer, replaced.encoding, "backslashreplace", line_buffering=True)
-        self.replaced = replaced  # which would close the descriptor when it is deleted
+        self.replaced = replaced  # its deletion would close the descriptor
 
     def write(self, text: str) -> int:
         self._attempt(super().write, text)
@@ -216,10 +216,10 @@ class _Stream(io.TextIOWrapper):
             number, refuge, self.refuge = self.fileno(), self.refuge, None
             with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
                 os.dup2(refuge or nowhere.fileno(), number)
-            self.flush()  # what has not been written
+            self.flush()  # what the buffer still has
             if self.is_product:
                 raise
-            # `head` has seen enough, and who closes a stream wants to see nothing.
+            # `head` has seen enough, and whoever closes a stream wants to see nothing.
             is_wanted = error.errno in (errno.EPIPE, errno.EBADF)
             if number == 1 and not (self.is_lost or refuge or is_wanted):
                 name = Path(sys.argv[0]).name
@@ -233,8 +233,8 @@ def make_unfailing() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # This takes the lowest free number, which a checkpoint would get, and with it all that
-            # libraries print. It cannot be written to.
+            # Closed. The next file opened, a checkpoint perhaps, would get this number, and with it
+            # all that libraries print. So it is taken, by a file that cannot be written to.
             os.open(os.devnull, os.O_RDONLY)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name) or open(number, "w", closefd=False)  # noqa: SIM115
@@ -252,12 +252,12 @@ def fall_back_to_stderr() -> None:
 
 @contextlib.contextmanager
 def product() -> Iterator[None]:
-    """Within it, what is printed to stdout is what the command is for.
+    """Within it, what is printed to stdout is the command's result, and must not get lost.
 
     A reader that has seen enough ends the block.
 
     Raises:
-        UserError: when it cannot be written.
+        UserError: the result cannot be written.
     """
     stream: Any = sys.stdout
     stream.is_product = True

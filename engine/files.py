@@ -37,8 +37,8 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
     - A directory that another process has put at `path` meanwhile stays.
     - A link is followed: its target is replaced.
     - A device or a pipe is given the content, from the system's temporary folder.
-    - A directory with a file of `path`'s name is that file with others that it needs. They are put
-      beside it, and the file itself last.
+    - If the block makes a directory with a file of `path`'s name, that file goes to `path`, after
+      the other files of the directory have gone beside it.
     """
     if _is_stream(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if (temporary / path.name).is_file():
-            path.unlink(missing_ok=True)  # it may need files of the same names
+            path.unlink(missing_ok=True)  # the old file does not fit the new ones beside it
             for part in sorted(temporary.iterdir(), key=lambda part: part.name == path.name):
                 _replace(part, path.with_name(part.name))
         elif not temporary.is_dir():
@@ -69,7 +69,7 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
         elif not path.exists():
             temporary.rename(path)
         # Until the directory is synchronised, a power failure may undo the rename. Windows, folders
-        # without `r` and some file systems (VirtualBox's shared folders) cannot.
+        # without `r` and some file systems (VirtualBox's shared folders) cannot synchronise it.
         with contextlib.suppress(OSError):
             directory = os.open(path.parent, os.O_RDONLY)
             try:
@@ -141,7 +141,7 @@ def check_writable(directory: Path, flag: str, name: str = "") -> None:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # As long as a temporary's name can be.
+        # With the longest name that a temporary file can have.
         probe = directory / f".{name}.{socket.gethostname()}-{os.getpid():07d}.try"
         probe.write_bytes(b"x" * 4096)
         probe.unlink()
@@ -218,10 +218,10 @@ def _place(path: Path) -> object:
 
 
 def lock(path: Path, flag: str, patience: float) -> IO[str] | None:
-    """Lock the file at `path`, which is made, for as long as this process lives.
+    """Make the file at `path`, and lock it for as long as this process lives.
 
-    A POSIX lock ends with the process, even when its workers live on, and network disks know it.
-    Where there is none (Windows, some file systems), nothing is locked.
+    A POSIX lock ends with the process, even when its workers live on, and works on network disks.
+    Where there are no such locks (Windows, some file systems), nothing is locked.
 
     Args:
         patience: seconds to wait for the end of an earlier process.

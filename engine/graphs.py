@@ -40,12 +40,12 @@ class GraphedStep:
     """Calls `step`; from the fourth call with inputs of the same shapes on it replays a graph.
 
     Results are those of `step` to the bit. A replay draws from the generator's current seed. An
-    output is valid until the next call. A step that a graph cannot hold, or for which the memory
-    of a graph is missing, is computed kernel by kernel, as the first three were.
+    output is valid until the next call. A step that cannot be captured, also for want of memory, is
+    computed kernel by kernel, as the first three were.
 
     Args:
         step: takes tensors on the GPU and numbers, returns tensors, and never waits for the GPU.
-        forget: drops what a step that has not come to its end leaves behind: gradients.
+        forget: drops what an unfinished step leaves behind: gradients.
     """
 
     def __init__(self, step: Step, forget: Callable[[], object] = lambda: None) -> None:
@@ -64,13 +64,13 @@ class GraphedStep:
             self._capture(key, inputs, numbers)
         if key not in self.captured:
             if self.captured:
-                # A graph keeps the memory of its whole step. An epoch's shorter last batch would
-                # need its own beside that. The graph is captured anew at its next call.
+                # A graph keeps its step's memory, and an epoch's shorter last batch would need its
+                # own beside that. So the graph is dropped, and captured anew later.
                 self._free()
             # On the stream of the capture, for which cuBLAS has a workspace of its own.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                # Clones, as at the capture: cuDNN chooses by the alignment of the memory as well.
+                # Clones, as at the capture: cuDNN's choice depends on the memory's alignment too.
                 outputs = self.step(*(tensor.clone() for tensor in inputs), **numbers)
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs

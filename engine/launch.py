@@ -35,8 +35,8 @@ from tqdm import tqdm
 from engine.cli import UserError
 from engine.stop import RANKS, has_temporary_folder
 
-# How long processes wait for each other to join, and in training: longer than any step,
-# validation or checkpoint of one of them takes.
+# How long processes wait for each other, to join and in training. No step, validation or
+# checkpoint takes one of them so long.
 ANSWER_WITHIN = datetime.timedelta(minutes=10)
 # Before training the others wait while a node's first process downloads or decodes.
 PREPARED_WITHIN = datetime.timedelta(hours=2)
@@ -49,7 +49,7 @@ LAUNCH_VARIABLES = [*RANKS, *WORLD_SIZE_VARIABLES, "LOCAL_RANK", "LOCAL_WORLD_SI
 KNOWN_VARIABLES = {
     *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY"),
     *("ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL", "ACCELERATE_ENABLE_RICH"),
-    *("ACCELERATE_DYNAMO_MODE", "ACCELERATE_DYNAMO_USE_FULLGRAPH"),  # of the backend, which is no
+    *("ACCELERATE_DYNAMO_MODE", "ACCELERATE_DYNAMO_USE_FULLGRAPH"),  # of a backend that is off
     *("ACCELERATE_DYNAMO_USE_DYNAMIC", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"),
 }
 OFF = ("", "no", "none", "false", "0", "off")
@@ -86,16 +86,16 @@ def build_accelerator(broadcast_buffers: bool = True) -> Accelerator:
     unconnected (`MULTI_GPU` without GPUs), and says nothing.
 
     Args:
-        broadcast_buffers: whether buffers change in training, and so have to be the same on all
-            processes before each step.
+        broadcast_buffers: whether buffers change in training, so that the main process's have to
+            be copied to the others before each step.
     """
     # Huge pages for large tensors: a third of a language model's step was page faults. Torch
     # reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # cuDNN's RNNs sum in a fixed order only with workspaces of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # By default tqdm's lock is a semaphore, and where workers are spawned (macOS) Python warns at
-    # the end that it was left behind.
+    # tqdm's own lock is a semaphore. Where workers are spawned (macOS), Python warns at exit that
+    # it was left behind.
     tqdm.set_lock(threading.RLock())
     _refuse_leftovers()
     _refuse_unknown_modes()
@@ -106,8 +106,8 @@ def build_accelerator(broadcast_buffers: bool = True) -> Accelerator:
         os.environ["GLOO_SOCKET_IFNAME"] = find_interface()
     joining = InitProcessGroupKwargs(timeout=ANSWER_WITHIN)
     try:
-        # The processes join here. What all of them can compute in is known before the Accelerator
-        # decides about a loss scale.
+        # The processes join here, and agree on a precision before the Accelerator decides about a
+        # loss scale.
         state = PartialState(cpu, **joining.to_kwargs())
         accelerator = _Accelerator(
             cpu=cpu,
@@ -131,7 +131,7 @@ def build_accelerator(broadcast_buffers: bool = True) -> Accelerator:
             "accelerate launch --config_file accelerate_configs/cpu4.yaml (gpu4.yaml), or torchrun"
         )
     if accelerator.mixed_precision == "bf16" and emulates_bf16(accelerator.device):
-        # oneDNN's LSTM fails there; torch's own computes, and no layer is slower for it.
+        # oneDNN's LSTM fails on such a CPU. Torch's own works, and no layer is slower.
         torch.backends.mkldnn.set_flags(False)
     return accelerator
 
@@ -144,7 +144,7 @@ def _runs_on_cpu(asked: int, asked_here: int) -> bool:
         asked_here: on this node.
     """
     launched = _is_launched()
-    # As cpu4.yaml sets it. A single -1 is a user's, who may have asked for GPUs all the same.
+    # cpu4.yaml sets -1,-1. A single -1 is set by hand, maybe before a launch that asks for GPUs.
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1,")
     try:
         wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or hidden
@@ -258,7 +258,7 @@ def has_kernels(archs: Sequence[str], major: int, minor: int) -> bool:
 
 
 def _refuse_leftovers() -> None:
-    """Raise `UserError` for variables of a launch that are no numbers, or without their likes."""
+    """Raise `UserError` for a launcher's variables that are no numbers, or incomplete."""
     for name in (*LAUNCH_VARIABLES, "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
         value = os.environ.get(name, "0")
         if not value.removeprefix("-").isdecimal():
@@ -377,9 +377,9 @@ def _has_fast_bf16(device: torch.device) -> bool:
 
 
 def emulates_bf16(device: torch.device) -> bool:
-    """Whether it is a CPU on which oneDNN knows no bf16 (on x86, one without AVX512).
+    """Whether `device` is a CPU on which oneDNN has no bf16 (on x86, one without AVX512).
 
-    It then takes 6 (convolutions) to 150 times (products) as long as float32.
+    There bf16 takes 6 times (convolutions) to 150 times (matrix products) as long as float32.
     """
     if not (device.type == "cpu" and torch.backends.mkldnn.is_available()):
         return False
@@ -409,7 +409,7 @@ def network_failure(error: Exception) -> str | None:
 
 
 def reason(error: Exception) -> str:
-    """What an error of torch says, without the places in its source that said it."""
+    """The message of an error of torch, without the places in its source."""
     text = str(error).split("\nException raised from")[0]
     text = text.rpartition("Last error:\n")[2].strip() or text.strip() or type(error).__name__
     line = text.splitlines()[0].split(" This is typically caused")[0]
@@ -428,9 +428,9 @@ def meeting_place(error: Exception) -> str:
 def find_interface() -> str:
     """The network interface between the nodes, for gloo.
 
-    By itself gloo takes the address that the node's name resolves to, which may be 127.0.1.1.
-    This is NCCL's choice: what NCCL_SOCKET_IFNAME says, then what leads to the main process, then
-    the first one, loopback and Docker's last.
+    Gloo's own choice is the address that the node's name resolves to, and may be 127.0.1.1. This
+    is NCCL's choice: what NCCL_SOCKET_IFNAME says, else what leads to the main process, else the
+    first one. Loopback and Docker's come last.
     """
     addresses, states = psutil.net_if_addrs(), psutil.net_if_stats()
     asked = os.environ.get("NCCL_SOCKET_IFNAME", "")

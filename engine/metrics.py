@@ -27,7 +27,7 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def step_sums(loss: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    """What `Sums` adds up of a step, in one kernel.
+    """What a step adds to `Sums`, in one kernel.
 
     Args:
         loss: the sum of the samples' losses.
@@ -55,7 +55,7 @@ class Sums:
 
     Args:
         metrics: their names, the loss first.
-        epoch: as lines number it.
+        epoch: its number in printed lines.
         carried: what `carry` returned in the run that this one continues.
     """
 
@@ -67,7 +67,7 @@ class Sums:
         carried: Sequence[Sequence[float]] | None = None,
     ) -> None:
         self.accelerator, self.metrics, self.epoch = accelerator, metrics, epoch
-        self.first, self.steps = 0, 0  # the step of the first update, and how many there were
+        self.first, self.steps = 0, 0  # the first update's step, and the number of updates
         kind = sum_dtype(accelerator.device)
         self.total = torch.zeros(len(metrics) + 2, device=accelerator.device, dtype=kind)
         if carried is not None:
@@ -79,7 +79,7 @@ class Sums:
         self.marked = self.total
 
     def mark(self) -> None:
-        """Start anew the first of the two means that `read` returns."""
+        """Let the first mean that `read` returns begin here."""
         self.marked = self.total
 
     def update(self, values: torch.Tensor, step: int) -> None:
@@ -96,8 +96,8 @@ class Sums:
         """
         both = torch.stack([self.total - self.marked, self.total])
         rows = self.accelerator.gather(both[None]).cpu()
-        # A loss that is not finite makes the weights NaN, and with them all later losses. (Where
-        # fp16's loss scale skips that update, the step named is a later one.)
+        # A loss that is not finite makes the weights NaN, and with them all later losses. So the
+        # number of finite ones tells the step (a later one, if fp16's loss scale skips updates).
         finite = int(rows[:, 1, 0].min())
         if finite < self.steps and refuse_nan:
             raise diverged(self.epoch, self.first + finite)

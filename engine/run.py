@@ -51,8 +51,8 @@ class Run:
     """A training's place, settings and progress: all of its state but weights and optimizer."""
 
     accelerator: Accelerator
-    latest: Path  # where the state of the run is saved
-    best: Path  # where the best epoch is kept as well, in the same folder
+    latest: Path  # the latest checkpoint
+    best: Path  # the checkpoint of the best epoch, in the same folder
     log_dir: Path  # of TensorBoard
     flag: str  # the one that chooses `latest` and `best`
     metrics: Sequence[str]  # what a training step sums, the loss first
@@ -65,16 +65,16 @@ class Run:
     batches: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `resume`
     changed: Sequence[str] = ()  # flags whose values differ from the checkpoint
     measured_on: str = ""  # identifies the data behind the best figure
-    state: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the job alone
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)  # the job's own
     sums: Sums | None = None  # of the epoch under way
     graphed: bool = False  # whether its steps are replayed as CUDA graphs
-    stopped: Stopped | None = None  # what ended the training before its last epoch
+    stopped: Stopped | None = None  # the signal that ended the training early
     resumed: Path | None = None  # the checkpoint that the run goes on from
     theirs: Path = Path()  # the best epoch of the run that wrote `resumed`
     is_own: bool = False  # whether `resumed` is one of `files`
     is_best: bool = False  # whether `resumed` is itself the best epoch
     locks: Sequence[IO[str] | None] = ()  # open files, on the main process
-    carried: list[list[float]] | None = None  # sums of the epoch that `resumed` has begun
+    carried: list[list[float]] | None = None  # sums of the unfinished epoch in `resumed`
     writer: Writer | None = None  # within `training`
 
     def __post_init__(self) -> None:
@@ -186,7 +186,7 @@ class Run:
         batches: Mapping[str, Any],
         epochs: int,
     ) -> None:
-        """Take up the run that `checkpoint` holds; weights alone start a new one.
+        """Go on with the run in `checkpoint`; one of weights alone starts a new run.
 
         Args:
             checkpoint: empty for a new run.
@@ -276,7 +276,7 @@ class Run:
                 self.check(is_last=True)
         finally:
             self.writer = None
-            # For a signal in what follows: --resume auto finds the run that has ended.
+            # For a signal after the training: --resume auto finds the finished run.
             self.preemption.is_saved = self.latest.is_file()
 
     def _carry_best(self) -> None:
@@ -326,7 +326,7 @@ class Run:
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of the steps that follow."""
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):  # a CUDA graph reads it
+            if isinstance(group["lr"], torch.Tensor):  # in place: a CUDA graph reads it
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
@@ -339,9 +339,9 @@ class Run:
         return self.sums
 
     def seed_dropout(self, seed: int, part: int, parts: int) -> None:
-        """Let dropout and stochastic depth of a part follow from what it is, not from the past.
+        """Seed dropout and stochastic depth by (seed, epoch, step, part), whatever came before.
 
-        A CUDA graph draws for all parts of a step from one seed, which is set before its replay.
+        A CUDA graph draws for all parts of a step from one seed, set before its replay.
 
         Args:
             part: its number among the `parts` of this process.
@@ -395,17 +395,17 @@ class Run:
         assert self.sums is not None
         self._refuse_overflow()
         if self.accelerator.num_processes > 1:
-            # DistributedDataParallel gives every process the main one's running statistics before
-            # a training step, not after the last one.
+            # DistributedDataParallel copies the main process's running statistics to the others
+            # before every training step, but not after the last one.
             for buffer in self.accelerator.unwrap_model(self.model).buffers():
                 buffer.copy_(broadcast(buffer))
         return self.sums.read()[1]
 
     def _refuse_overflow(self) -> None:
-        """Raise `UserError` before weights are saved that are not finite.
+        """Raise `UserError` for a loss or weights that are not finite, before they are saved.
 
-        The weights are looked at as well: the step whose update overflows has a finite loss. A
-        step that fp16's loss scale skips is no failure, unless all have been skipped for long.
+        The weights count as well: a step with a finite loss can have an update that overflows.
+        fp16's loss scale may skip a step, but not so many that the scale itself vanishes.
         """
         if self.sums is not None:
             self.sums.read()

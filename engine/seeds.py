@@ -49,8 +49,8 @@ def use_deterministic_kernels(accelerator: Accelerator, deterministic: bool) -> 
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
     is_cpu = accelerator.device.type == "cpu"
-    # DistributedDataParallel re-orders its buckets after a process's first step, and its sums with
-    # them, unless it looks for unused parameters. Without that a resumed run ends with other bits.
+    # After a process's first step DistributedDataParallel re-orders its buckets, and its sums with
+    # them: a resumed run would end with other bits. Looking for unused parameters prevents it.
     accelerator.ddp_handler.find_unused_parameters = is_cpu or deterministic
     if accelerator.device.type == "cuda":
         # On a GPU the fused attention kernels' backward passes sum the blocks of a long sequence in

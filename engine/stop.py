@@ -33,7 +33,7 @@ T = TypeVar("T")
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, to be resumed
 
-# How torchrun and mpirun's families number and count the processes that they start ...
+# The variables for rank and world size of torchrun and of mpirun's families ...
 RANKS = {"RANK": "WORLD_SIZE", "PMI_RANK": "PMI_SIZE"}
 RANKS |= {f"{mpi}_COMM_WORLD_RANK": f"{mpi}_COMM_WORLD_SIZE" for mpi in ("OMPI", "MV2")}
 # ... and srun.
@@ -47,8 +47,8 @@ STOP_SIGNALS = tuple(
     signum for signum in signal.Signals if signum.name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 )
 
-# The terminal or the scheduler signals all processes, and a launcher passes the signal on once
-# more. Within this many seconds that is one request. A later one means "at once".
+# A terminal or a scheduler signals all processes, and a launcher then passes the same signal on.
+# Signals within this many seconds are one request. A later one means "at once".
 SAME_REQUEST = 3.0
 
 
@@ -56,7 +56,7 @@ _in_script = False  # within `run_script`
 
 
 class Stopped(BaseException):
-    """A signal, `signum`, asked the run to end; like KeyboardInterrupt no ordinary exception."""
+    """The signal `signum` asked the run to end. Not an `Exception`, as KeyboardInterrupt is not."""
 
     def __init__(self, signum: int, is_saved: bool = False) -> None:
         """`is_saved`: whether there is a checkpoint to go on from."""
@@ -87,8 +87,8 @@ if _runs_a_command():
     # KeyboardInterrupt would print a traceback through some library, or be swallowed there.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave_while_loading)
-    # Every process would repeat the warnings of torch's C++, as that find_unused_parameters costs
-    # time. Errors stay.
+    # Otherwise every process repeats the warnings of torch's C++, such as that
+    # find_unused_parameters costs time. Errors stay.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Threads that wait for each other spin, by default for very long: two trainings at a time on
     # two cores are then ten times slower. libgomp reads this when torch loads it.
@@ -103,8 +103,8 @@ def check_flags(parser: ArgumentParser, *, alone: bool = False) -> None:
     """Answer `--help` and refuse mistaken flags, before the seconds that importing torch takes.
 
     Args:
-        alone: whether the command is the work of one process. All but the first then leave here.
-            Help is always given by the first alone.
+        alone: whether the command is the work of one process: all others leave here. `--help` is
+            always answered by the first process alone.
     """
     make_unfailing()
     if rank() > 0 and (alone or {"-h", "--help"} & {*sys.argv[1:]}):
@@ -113,14 +113,14 @@ def check_flags(parser: ArgumentParser, *, alone: bool = False) -> None:
         parser.parse(None)
     except UserError as error:
         _refuse(str(error))
-    # The imports that follow leave no garbage, and the search for it is a third of their time.
-    if not hasattr(sys, "ps1"):  # IPython's, whose own garbage stays
+    # The imports that follow leave no garbage. Searching for it would take a third of their time.
+    if not hasattr(sys, "ps1"):  # IPython leaves garbage of its own
         gc.disable()
 
 
 @contextlib.contextmanager
 def handlers_put_back() -> Iterator[None]:
-    """After it the signals' handlers are the former ones again; within `run_script` they stay.
+    """Put the former signal handlers back at the end, except within `run_script`.
 
     Decorates a command's `main`, which a notebook or someone's script may call.
     """
@@ -129,7 +129,7 @@ def handlers_put_back() -> Iterator[None]:
         yield
     finally:
         for signum, handler in former.items():
-            if not _in_script and handler is not None:  # None: not of Python
+            if not _in_script and handler is not None:  # None: not set from Python
                 signal.signal(signum, handler)
 
 
@@ -149,7 +149,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         gc.enable()
     try:
         main()
-        # The interpreter's own end is not safe: gloo's threads now and then abort the process.
+        # Python's own exit is not safe: gloo's threads now and then abort the process.
         leave(0)
     except Exception as error:
         if mistake := _mistake(error):
@@ -186,7 +186,7 @@ def _refuse(mistake: str) -> NoReturn:
 
 
 def _mistake(error: Exception) -> str | None:
-    """The line for what the user can mend, in the input or the machine; None for other errors."""
+    """The line about an error that the user can mend, in the input or the machine; else None."""
     text = str(error)
     if "No usable temporary directory" in text:  # of Python's tempfile
         return "no temporary folder can be written: TMPDIR=/a/folder names one"
@@ -197,7 +197,7 @@ def _mistake(error: Exception) -> str | None:
             "the GPU's memory is full: use a smaller --batch-size, or train the same one in parts "
             "(--gradient-accumulation-steps 2, 4, ...)"
         )
-    if "Too many open files" in text or "items of ancdata" in text:  # the latter of a worker's
+    if "Too many open files" in text or "items of ancdata" in text:  # the latter from a worker
         return "too many files are open: raise `ulimit -n`, or use fewer --workers (0: none)"
     # For a full /dev/shm torch 2.11 gives the wrong reason.
     reasons = text.replace("Success (0)", "No space left on device (28)")
@@ -241,7 +241,7 @@ def unblock_signals() -> None:
 def rank() -> int:
     """This process's number among those that a launcher has started.
 
-    A number without their count is left over from an earlier launch: 0, as for a single process.
+    A rank without a world size is left over from an earlier launch: 0, as for a single process.
     """
     for number, count in {**RANKS, **SRUN_RANKS}.items():
         with contextlib.suppress(KeyError, ValueError):
@@ -269,7 +269,7 @@ def _report(message: str) -> None:
 
 def leave(code: int) -> NoReturn:
     """Exit at once. The ordinary way waits for process groups and workers that may be gone."""
-    for signum in STOP_SIGNALS:  # one more would change the exit code
+    for signum in STOP_SIGNALS:  # another would change the exit code
         signal.signal(signum, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -283,7 +283,7 @@ def leave(code: int) -> NoReturn:
 
 
 def end_workers() -> None:
-    """Kill the processes that this one has started. Its own end would wait a minute for them."""
+    """Kill the processes that this one has started: its exit would wait a minute for them."""
     if hasattr(signal, "SIGCHLD"):  # torch's handler raises for a worker that is killed
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
@@ -294,15 +294,15 @@ class Preemption:
     """Lets a stop signal end a training on all processes after the same step.
 
     A signal raises `Stopped`: within `deferred()` at the next `check()`, elsewhere at once. A
-    second one ends the process on the spot. A launcher that dies takes its processes along in
-    the same way.
+    second one ends the process on the spot. When a launcher dies, its processes get SIGTERM and
+    stop in the same way.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.signum, self.since, self.is_deferred = 0, 0.0, False
         self.is_saved = False  # whether the run has a checkpoint to go on from
         self.group: Any = None
-        self.pending: Any = None  # the flag that was sent last, and the handle of its sending
+        self.pending: Any = None  # the tensor and the handle of the last all-reduce
         if accelerator.num_processes > 1:
             import torch.distributed as dist
 
@@ -311,12 +311,12 @@ class Preemption:
             # A group of its own: reading a flag over NCCL would make the CPU wait for the GPU.
             self.group = dist.new_group(backend="gloo", timeout=ANSWER_WITHIN)
         for signum in STOP_SIGNALS:
-            # Ignored by nohup: the run is to outlive its terminal.
+            # Under nohup SIGHUP stays ignored: the run is to outlive its terminal.
             if signum.name != "SIGHUP" or signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self._note)
         unblock_signals()  # one that came during the start arrives now
-        # Only `accelerate launch` and torchrun set these. Without them the parent is a shell,
-        # whose end means nothing.
+        # Only `accelerate launch` and torchrun set these. Without them the parent is a shell, and
+        # its end means nothing.
         launched = {"ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
         if launched and sys.platform == "linux":
             pr_set_pdeathsig = 1  # of linux/prctl.h
@@ -344,10 +344,10 @@ class Preemption:
     def check(self, is_last: bool = False) -> None:
         """Raise `Stopped` when a signal has come to any process; all call it equally often.
 
-        Several processes learn here what was known at the call before, so that none waits.
+        Several processes learn here of the signals before the previous call, so that none waits.
 
         Args:
-            is_last: wait for what is known now, as there is no next call.
+            is_last: wait for those before this call as well, as there is no next one.
         """
         agreed = self.signum
         if self.group is not None:
@@ -370,7 +370,7 @@ class Preemption:
 
 
 def start_workers(loader: DataLoader[T]) -> Iterator[T]:
-    """`iter(loader)`; the stop signals are kept from its workers until they ignore them.
+    """`iter(loader)`, with the stop signals blocked in its workers until they ignore them.
 
     Raises:
         UserError: the machine has no room for them.
@@ -379,7 +379,7 @@ def start_workers(loader: DataLoader[T]) -> Iterator[T]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if can_block else set()
     try:
         return iter(loader)
-    except OSError as error:  # of a fork, or of a semaphore, which lies in /dev/shm
+    except OSError as error:  # of a fork, or of a semaphore in /dev/shm
         raise UserError(
             f"cannot start {loader.num_workers} worker processes ({error.strerror}): use fewer "
             "--workers (0: none), or give them more room (memory, processes, /dev/shm)"
@@ -393,7 +393,8 @@ def leave_signals_to_parent(worker: int) -> None:
     """A DataLoader's `worker_init_fn`: a signal to the whole group is for the training alone."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    # A parent that ends sends its workers SIGTERM. The step under way may still need them.
+    # A parent that ends sends its workers SIGTERM, and its last step may still need them: they stay
+    # for a minute.
     if hasattr(signal, "alarm"):  # which Windows lacks
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     unblock_signals()

@@ -149,7 +149,7 @@ def spec_of(args: argparse.Namespace, words: int = 0) -> ModelSpec:
 def beside(save: Path) -> tuple[Path, Path]:
     """Where a run with this --save keeps its state and its curves.
 
-    No two names share one: neither `lr0.2` and `lr0.5` nor `m`, `m.pt` and `m.pth`.
+    No two values of --save share them: neither `lr0.2` and `lr0.5` nor `m`, `m.pt` and `m.pth`.
     """
     stem = save.name.removesuffix(".pt")
     stem += "." if stem != save.name else "-"

@@ -45,14 +45,14 @@ class Corpus(NamedTuple):
 
 
 def corpus_files(name: str) -> list[Named]:
-    """The files that may be read of the corpus that --data names."""
+    """All files that a command may read of the corpus `name`, a value of --data."""
     root = files.built_in(SAMPLE) if name == "sample" else Path(name)
     names = (name for part in WIKITEXT_FILES for name in (f"{part}.txt", f"wiki.{part}.tokens"))
     return [("--data", root / name) for name in names]
 
 
 def load_corpus(name: str) -> Corpus:
-    """Tokenise the corpus that --data names, which is downloaded or made if the kit can.
+    """Tokenise the corpus `name`, a value of --data. WikiText-2 and the sample are fetched or made.
 
     Words are what white space separates, and every line ends with one more, `<eos>`. They are
     numbered in the order of their first appearance. WikiText-2 takes 0.7 s.
@@ -140,7 +140,7 @@ def _read(path: Path) -> str:
 
 
 def identity(tokens: torch.Tensor) -> str:
-    """Tells a text [length] from others."""
+    """A fingerprint of a text [length]."""
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:24]
 
 
@@ -162,9 +162,9 @@ def batchify(tokens: torch.Tensor, columns: int, part: str) -> torch.Tensor:
 def segments(
     data: torch.Tensor, bptt: int, first: int = 0
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(step, tokens [t, columns], targets [t * columns]) from number `first` on.
+    """Yield (step, tokens [t, columns], targets [t * columns]) from step `first` on.
 
-    A target is the token after; t is `bptt`, and what is left in the last segment.
+    Targets are the next tokens. t is `bptt`, and the rest of the text in the last segment.
     """
     for step in range(first, segment_count(data, bptt)):
         start = step * bptt

@@ -46,7 +46,8 @@ def export_onnx(model: LanguageModel, path: Path, bptt: int) -> None:
     RNN_TANH and RNN_RELU take exactly `bptt` words, since torch's exporter unrolls them.
     Weights above 1.5 GB are put into a second file (see `onnx_files`).
 
-    Inputs: tokens [t, columns]; an RNN also has hidden [nlayers, columns, nhid], an LSTM cell, too.
+    Inputs: tokens [t, columns]; of an RNN also hidden [nlayers, columns, nhid], of an LSTM also
+    cell, of the same shape.
     Outputs: log-probabilities [t, columns, words], and the hidden state after the words.
     """
     is_unrolled = any(type(module) is nn.RNN for module in model.modules())
@@ -60,7 +61,7 @@ def export_onnx(model: LanguageModel, path: Path, bptt: int) -> None:
     real = Path(os.path.realpath(path))
     with writing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
-        # The model names its second file, so the file has its final name from the start.
+        # The first file names the second, so they have their final names from the start.
         temporary.mkdir()
         torch.onnx.export(
             _Exported(model).eval(),

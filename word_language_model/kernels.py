@@ -90,10 +90,10 @@ class _CachedLoss(torch.autograd.Function):
                     losses[part, None] = -chosen.log()
                 else:  # a likelihood so small has fewer digits, or is zero
                     losses[part] = F.cross_entropy(logits, targets[part], reduction="none")
-                # -1 is exact. -1 / rows would be rounded, the same way in every row.
+                # -1 is exact (`backward` divides). -1 / rows would be rounded, alike in every row.
                 matrix[part] = likelihood.scatter_(1, word, -1.0, reduce="add")
         ctx.save_for_backward(features, weight, matrix)
-        # Sums them as F.cross_entropy does, to the bit.
+        # Averages the losses as F.cross_entropy does, to the bit.
         return F.nll_loss(-losses[:, None], torch.zeros_like(targets))
 
     @staticmethod
@@ -113,7 +113,7 @@ class EvaluationLoss:
     """`loss` without gradients, of many segments with the same weights.
 
     A CPU decodes a few words of the vocabulary at a time, so that their logits never leave the
-    cache. Built and called within one autocast context, it converts the weights once there.
+    cache. Build and call it within one autocast context: it then converts the weights once.
     """
 
     def __init__(self, decoder: nn.Linear) -> None:

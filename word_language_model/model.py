@@ -30,16 +30,16 @@ Hidden = tuple[torch.Tensor, ...]
 
 
 class LanguageModel(nn.Module, abc.ABC):
-    """Features of words, a decoder to the vocabulary, and the loss between them.
+    """Features of words, a decoder to the vocabulary, and the loss.
 
-    The loss is part of `forward`, which is all that DistributedDataParallel and mixed precision
-    wrap. Evaluation calls `features` and `decoder`, generation calls `last_features`.
+    DistributedDataParallel and mixed precision wrap `forward` alone, so the loss is part of it.
+    Evaluation calls `features` and `decoder`, generation calls `last_features`.
     """
 
     decoder: nn.Linear
     # How many of the last words a prediction can depend on; 0 where the layers set no limit.
     receptive_field: int = 0
-    # Whether it learns what each position in a segment means, and so only those below --bptt.
+    # Whether it has to learn each position in a segment: it then knows those below --bptt only.
     has_positions = False
 
     @classmethod
@@ -52,7 +52,7 @@ class LanguageModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
-        """Tokens [t, columns] to features [t, columns, size], each of the words up to its own."""
+        """Tokens [t, columns] to features [t, columns, size]; each sees the words up to its own."""
 
     def last_features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
         """Features [columns, size] of the last words, and the hidden state after them."""
@@ -66,7 +66,7 @@ class LanguageModel(nn.Module, abc.ABC):
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor, hidden: Hidden
     ) -> tuple[torch.Tensor, Hidden]:
-        """Mean loss of a segment, and the hidden state after it, without its history."""
+        """Mean loss of a segment, and the hidden state after it, detached from its history."""
         features, hidden = self.features(tokens, hidden)
         return loss(features, self.decoder, targets), tuple(h.detach() for h in hidden)
 
@@ -117,7 +117,7 @@ class RecurrentModel(LanguageModel):
     def _layer_by_layer(self, x: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
         """The RNN with this module's dropout between its layers, for training on a GPU.
 
-        cuDNN's own dropout carries its random state from step to step, whatever a step's seed.
+        cuDNN's own dropout ignores a step's seed: it carries its random state from step to step.
         """
         layer_of = getattr(torch, self.rnn.mode.lower())
         after = []
@@ -181,8 +181,8 @@ class TransformerModel(LanguageModel):
         super().__init__()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about nested tensors, which nothing here uses
-            # The original inherits from nn.Transformer and replaces its decoder. The replaced
-            # decoder's weights are drawn all the same, and so they are here.
+            # The original replaces nn.Transformer's decoder after drawing its weights. Drawing them
+            # here too makes all later weights the original's.
             self.encoder = nn.Transformer(
                 spec.emsize,
                 spec.nhead,
