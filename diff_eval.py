@@ -13,7 +13,7 @@ sample, stems stride1 (a) and stock (b), with `--data sample --classes all`:
 
 from __future__ import annotations
 
-from engine.stop import check_flags, run_script  # before what is slow: see there
+from engine.stop import check_flags, run_script  # before slow imports: see engine/stop.py
 
 # isort: split
 

@@ -10,7 +10,7 @@ The default is the forward pass of one word: 145 nodes, and 13,828,878 parameter
 
 from __future__ import annotations
 
-from engine.stop import check_flags, run_script  # before what is slow: see there
+from engine.stop import check_flags, run_script  # before slow imports: see engine/stop.py
 
 # isort: split
 

@@ -17,7 +17,7 @@ Prints a table and what it says, and writes context.csv and context.png.
 
 from __future__ import annotations
 
-from engine.stop import check_flags, run_script  # before what is slow: see there
+from engine.stop import check_flags, run_script  # before slow imports: see engine/stop.py
 
 # isort: split
 

@@ -6,7 +6,7 @@
 pytorch/examples' word_language_model/generate.py with a cost a word that does not grow: an RNN
 carries its hidden state, and the Transformer and the CNN read the last words that fit into the
 window that they were trained on (--bptt). The Transformer never met a position beyond that one, so
-a longer context would give it nothing that it knows how to use. The checkpoint has the
+a longer context would be of no use to it. The checkpoint has the
 vocabulary; no corpus is needed.
 
 At the default sizes two CPU cores write a word in 1.4 ms, the thousandth as fast as the first.
@@ -14,7 +14,7 @@ At the default sizes two CPU cores write a word in 1.4 ms, the thousandth as fas
 
 from __future__ import annotations
 
-from engine.stop import check_flags, run_script  # before what is slow: see there
+from engine.stop import check_flags, run_script  # before slow imports: see engine/stop.py
 
 # isort: split
 
@@ -130,7 +130,7 @@ def generate(
         if args.top_k is not None and args.top_k < len(logits):
             logits[logits < logits.topk(args.top_k).values[-1]] = -torch.inf
         # Not torch.multinomial, which draws a number for every word of the vocabulary.
-        # Nor cumsum's dtype, which takes twice as long as the two of them.
+        # `cumsum(dtype=...)` takes twice as long as these two.
         likelihood = logits.softmax(0).double().cumsum(0)
         if likelihood[-1].isnan():
             raise UserError(

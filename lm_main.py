@@ -6,9 +6,9 @@
     python lm_main.py --evaluate --resume model.pt
 
 pytorch/examples' word_language_model/main.py with the devices left to Accelerate: the flags, the
-printed lines and the defaults are the original's. In one process and with --dropout 0, so are
-the initial weights and the losses. The batch size is that of all processes together; each
-of them takes whole columns of the text.
+printed lines and the defaults are the original's. In one process and without dropout
+(--dropout 0 --layer-dropout 0), so are the initial weights and the training losses. The batch size
+is that of all processes together; each of them takes whole columns of the text.
 
 On 245,569 words of WikiText-2, two CPU cores, float32: test perplexity 398 after two epochs of a
 tied LSTM, 407 and 411 (two seeds) after six of the Transformer (docs/language_models.md).
@@ -16,7 +16,7 @@ tied LSTM, 407 and 411 (two seeds) after six of the Transformer (docs/language_m
 
 from __future__ import annotations
 
-# Before what is slow: see there.
+# First, before slow imports: see engine/stop.py.
 from engine.stop import Stopped, check_flags, handlers_put_back, run_script
 
 # isort: split
@@ -185,7 +185,8 @@ def begin(
     """
     parser = make_parser()
     args = parser.parse(argv)
-    accelerator = build_accelerator(broadcast_buffers=False)  # the only ones, sines, never change
+    # The only buffers, the Transformer's sines, never change.
+    accelerator = build_accelerator(broadcast_buffers=False)
     keep_freed_memory(2**30)  # the logits are the largest
     use_deterministic_kernels(accelerator, True)
     if args.evaluate and not args.resume:
@@ -432,7 +433,8 @@ def train_epoch(
         disable=None if accelerator.is_main_process else True,
     )
     # As in the original, the first line of an epoch sums one step more than it divides by.
-    since, last = run.step, max(run.step - 1, 0)  # the first step since the last line; its step
+    # The first step after the last line that was printed, and that line's step.
+    since, last = run.step, max(run.step - 1, 0)
     started = time.time()
     with bar:
         for step, tokens, targets in segments(text, args.bptt, run.step):
@@ -471,7 +473,8 @@ def evaluate(run: Run, model: nn.Module, text: torch.Tensor, args: argparse.Name
     bare.eval()
     losses = torch.zeros(segment_count(text, bptt), device=text.device)
     hidden = bare.initial_hidden(text.shape[1])
-    with accelerator.autocast():  # around all segments: it forgets converted weights at its end
+    # Around all segments: autocast drops its converted weights at its end.
+    with accelerator.autocast():
         decoded_loss = EvaluationLoss(bare.decoder)
         for step, tokens, targets in tqdm(
             segments(text, bptt),
@@ -486,7 +489,7 @@ def evaluate(run: Run, model: nn.Module, text: torch.Tensor, args: argparse.Name
                 if mine:
                     losses[step] = decoded_loss(features, targets)
             run.check()
-    # Sums with zeros are not rounded.
+    # Each loss is added to zeros only, so the sum is exact.
     losses = accelerator.reduce(losses, "sum").cpu().double()  # MPS has no float64
     rows = torch.full_like(losses, bptt)
     rows[-1] = (len(text) - 1) - bptt * (len(losses) - 1)

@@ -10,7 +10,7 @@ and 6.79 MiB of activations kept for the backward pass.
 
 from __future__ import annotations
 
-from engine.stop import check_flags, run_script  # before what is slow: see there
+from engine.stop import check_flags, run_script  # before slow imports: see engine/stop.py
 
 # isort: split
 

@@ -10,7 +10,7 @@ Computes in float32, on the first GPU or else the CPU.
 
 from __future__ import annotations
 
-from engine.stop import check_flags, run_script  # before what is slow: see there
+from engine.stop import check_flags, run_script  # before slow imports: see engine/stop.py
 
 # isort: split
 

@@ -12,7 +12,7 @@ What fails is named, a command with its log, and the rest of the report still ap
 
 from __future__ import annotations
 
-from engine import stop  # before what is slow: see there
+from engine import stop  # before slow imports: see engine/stop.py
 
 # isort: split
 

@@ -14,7 +14,7 @@ Acc@5 79.0 (docs/images.md, "Results", has the command).
 
 from __future__ import annotations
 
-# Before what is slow: see there.
+# First, before slow imports: see engine/stop.py.
 from engine.stop import check_flags, handlers_put_back, run_script
 
 # isort: split
