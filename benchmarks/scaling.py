@@ -32,6 +32,7 @@ import resnet_throughput
 from engine.stop import leave
 from image_classification import model as image_model
 from image_classification import settings as image_settings
+from image_classification.sources import SAMPLE_CLASSES, SAMPLE_TRAIN
 from word_language_model import model as lm_model
 
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -44,7 +45,8 @@ def serve(job: str, steps: int) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if job == "resnet18":
         flags = ["sample", "-b", str(IMAGES), "--stem", "stock", "--image-size", "64"]
-        work, count = resnet_throughput.kit("training", flags, list(range(IMAGES * steps))), IMAGES
+        rows = [i % (len(SAMPLE_CLASSES) * SAMPLE_TRAIN) for i in range(IMAGES * steps)]
+        work, count = resnet_throughput.kit("training", flags, rows), IMAGES
     else:
         options: dict[str, Any] = {"model": job, "sizes": reference_lm.SIZES, "bptt": BPTT}
         options |= {"columns": COLUMNS, "steps": steps, "compiled": False}
