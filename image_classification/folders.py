@@ -258,8 +258,11 @@ def _imagenet_labels(root: Path, names: list[str]) -> tuple[Path, Labels]:
     - meta.bin, which torchvision.datasets.ImageNet makes of the devkit: the images' wnids, in the
       order of the images' numbers
 
-    The devkit's ground truth alone is not enough. Its numbers are neither positions among the
-    sorted wnids nor do they mean anything without meta.mat, which only MATLAB and scipy read.
+    The devkit's ground truth alone is not enough. Its numbers are no positions among the sorted
+    wnids: only meta.mat has their wnids, and to read it takes MATLAB or scipy.
+
+    Raises:
+        UserError: neither is there, or meta.bin is damaged.
     """
     files = {os.path.splitext(name)[0]: name for name in names}  # noqa: PTH122 (Path is slow)
 
@@ -267,8 +270,8 @@ def _imagenet_labels(root: Path, names: list[str]) -> tuple[Path, Labels]:
         return files.get(image, f"{image}.JPEG")
 
     places = [root]
-    if (place := root.resolve()).match(str(KAGGLE)):
-        places.append(place.parents[len(KAGGLE.parts) - 1])
+    if (resolved := root.resolve()).match(str(KAGGLE)):
+        places.append(resolved.parents[len(KAGGLE.parts) - 1])
     for file in (place / "LOC_val_solution.csv" for place in places):
         if file.is_file():
             return file, (
@@ -279,14 +282,14 @@ def _imagenet_labels(root: Path, names: list[str]) -> tuple[Path, Labels]:
             )
     file = root / "meta.bin"
     if not file.is_file():
-        call = f"from torchvision.datasets.imagenet import *; parse_devkit_archive({str(root)!r})"
+        make = 'from torchvision.datasets.imagenet import parse_devkit_archive as make; make(".")'
         raise UserError(
             f"dataset {root}: its validation images lie flat in val/, and nothing that the kit "
             "can read tells their classes (the devkit's ground truth needs its meta.mat, which is "
             f"MATLAB's). `cd {shlex.quote(str(root / 'val'))} && wget -qO- {VALPREP} | bash` sorts "
-            f"them into val/<wnid>/; or put Kaggle's LOC_val_solution.csv into {root}, or "
-            "torchvision's meta.bin, which `pip install scipy` and then "
-            f"`python -c {shlex.quote(call)}` make of ILSVRC2012_devkit_t12.tar.gz there"
+            f"them into val/<wnid>/; or put Kaggle's LOC_val_solution.csv into {root}; or "
+            f"`cd {shlex.quote(str(root))} && pip install scipy && python -c '{make}'` makes "
+            "torchvision's meta.bin of ILSVRC2012_devkit_t12.tar.gz there"
         )
     try:
         _, wnids = load_meta_file(root)
