@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+from torchvision.datasets.imagenet import load_meta_file
 
 from engine.cli import UserError
 
 # What neither a class nor an image begins with: .ipynb_checkpoints, macOS's ._*, Synology's @eaDir.
 HIDDEN = (".", "@eaDir")
+
+IMAGENET_VAL = "ILSVRC2012_val_"  # and a number of 8 digits, from 1: ImageNet's validation images
+KAGGLE = Path("ILSVRC/Data/CLS-LOC")  # where Kaggle's archive of ImageNet has train/ and val/
+VALPREP = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
+
+# Where a label stands, the name of its image, and the class.
+Labels = Iterator[tuple[str, str, str]]
 
 
 class Split(NamedTuple):
@@ -32,8 +42,9 @@ class ImageFolders(NamedTuple):
 
 
 def find_images(root: Path) -> ImageFolders:
-    """List the images of a dataset in one of three layouts.
+    """List the images of a dataset in one of four layouts.
 
+    - ImageNet's own: train/<wnid>/*, val/ILSVRC2012_val_*, and the labels of `_imagenet_labels`
     - Tiny-ImageNet's own: train/<wnid>/images/*, val/images/* and val/val_annotations.txt
     - the same with the validation images sorted: val/<wnid>/*, or val/images/<wnid>/*
     - plain folders, as the original's: train/<class>/*, val/<class>/*
@@ -59,7 +70,8 @@ def _find_images(root: Path) -> ImageFolders:
     for part in ("train", "val"):
         if not (root / part).is_dir():
             inside = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
-            raise UserError(f"dataset {root}: has no folder {part}/ (it holds {inside})")
+            more = f"; DIR is {root / KAGGLE} then" if (root / KAGGLE).is_dir() else ""
+            raise UserError(f"dataset {root}: has no folder {part}/ (it holds {inside}){more}")
     classes = _folders(root / "train")
     if not classes:
         raise UserError(f"dataset {root}: train/ holds no class folders")
@@ -69,25 +81,29 @@ def _find_images(root: Path) -> ImageFolders:
 
     val, images = root / "val", root / "val" / "images"
     sorted_into = {val: _folders(val)}
-    flat: list[str] = []
+    there = {val: _shown(os.listdir(val))}  # noqa: PTH208
     if "images" not in classes and images.is_dir():
         sorted_into[val].remove("images")
         sorted_into[images] = _folders(images)
-        there = _shown(os.listdir(images))  # noqa: PTH208
-        flat = sorted(filter(is_image_file, there))
+        there[images] = _shown(os.listdir(images))  # noqa: PTH208
+    flat = {place: sorted(filter(is_image_file, names)) for place, names in there.items()}
+    loose = flat.pop(val)
+    if any(name.startswith(IMAGENET_VAL) for name in loose):
+        flat[val] = loose
     # Scripts that sort the validation images often leave an empty val/images behind.
     found = [f"class folders in {place}" for place, names in sorted_into.items() if names]
-    found += [f"images in {images}"] if flat else []
+    found += [f"images in {place}" for place, names in flat.items() if names]
     if len(found) != 1:
-        is_flat = any(is_image_file(path.name) for path in val.iterdir())
-        nothing = "its images flat in val/, without classes" if is_flat else "no images in val/"
+        nothing = "its images flat in val/, without classes" if loose else "no images in val/"
         raise UserError(
             f"dataset {root}: has {' and '.join(found) or nothing}; wanted are class folders in "
             "val/ or in val/images/, or images in val/images/ and val/val_annotations.txt"
         )
-    if flat:
-        left_out.update(map(_ending, itertools.filterfalse(is_image_file, there)))
-        split = _list_annotated(images, flat, positions)
+    if any(flat.values()):
+        place, names = next(item for item in flat.items() if item[1])
+        file, labels = _imagenet_labels(root, names) if place == val else _annotations(images)
+        left_out.update(map(_ending, itertools.filterfalse(is_image_file, there[place])))
+        split = _list_labelled(place, names, file, labels, positions)
     else:
         place, names = next(item for item in sorted_into.items() if item[1])
         if unknown := [name for name in names if name not in positions]:
@@ -134,10 +150,12 @@ def _ending(name: str) -> str:
 
 
 def _folders(folder: Path) -> list[str]:
-    found = sorted(_shown(os.listdir(folder)))  # noqa: PTH208
-    for name in found:
-        _refuse_broken_link(folder / name)
-    return [name for name in found if (folder / name).is_dir()]
+    with os.scandir(folder) as entries:  # it knows files from folders without asking the disk
+        found = sorted((e for e in entries if not e.name.startswith(HIDDEN)), key=lambda e: e.name)
+    for entry in found:
+        if entry.is_symlink():
+            _refuse_broken_link(Path(entry))
+    return [entry.name for entry in found if entry.is_dir()]
 
 
 def _refuse_broken_link(path: Path) -> None:
@@ -191,20 +209,13 @@ def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def _list_annotated(images: Path, names: list[str], positions: dict[str, int]) -> Split:
-    """Tiny-ImageNet's validation images: a line has file name, wnid and box, separated by tabs."""
-    annotations = images.parent / "val_annotations.txt"
-    if not annotations.is_file():
-        raise UserError(f"{annotations}: missing, and with it the classes of {images}")
+def _list_labelled(
+    images: Path, names: list[str], file: Path, labels: Labels, positions: dict[str, int]
+) -> Split:
+    """Images that lie in one folder, with one label each from `file`."""
     unlabelled = dict.fromkeys(names)
     targets: dict[str, int] = {}
-    for number, line in enumerate(
-        annotations.read_text("utf-8-sig", "surrogateescape").splitlines(), 1
-    ):
-        if not line.strip():
-            continue
-        name, wnid, *_ = [*line.split("\t"), ""]
-        where = f"{annotations} line {number}"
+    for where, name, wnid in labels:
         if name in targets:
             raise UserError(f"{where}: {name} is annotated twice")
         if name not in unlabelled:
@@ -214,10 +225,80 @@ def _list_annotated(images: Path, names: list[str], positions: dict[str, int]) -
         targets[name] = positions[wnid]
         del unlabelled[name]
     if not targets:
-        raise UserError(f"{annotations}: annotates no image")
+        raise UserError(f"{file}: annotates no image")
     if unlabelled:
         raise UserError(
-            f"{annotations}: {len(unlabelled)} image(s) of {images} have no line: "
+            f"{file}: {len(unlabelled)} image(s) of {images} have no line: "
             f"{', '.join(list(unlabelled)[:5])}"
         )
     return Split([f"{images}/{name}" for name in names], [targets[name] for name in names])
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Where a line stands, and the line, of those that are not empty."""
+    for number, line in enumerate(file.read_text("utf-8-sig", "surrogateescape").splitlines(), 1):
+        if line.strip():
+            yield f"{file} line {number}", line
+
+
+def _annotations(images: Path) -> tuple[Path, Labels]:
+    """Tiny-ImageNet's: a line has file name, wnid and box, separated by tabs."""
+    file = images.parent / "val_annotations.txt"
+    if not file.is_file():
+        raise UserError(f"{file}: missing, and with it the classes of {images}")
+    fields = ((where, *line.split("\t"), "") for where, line in _lines(file))
+    return file, ((where, name, wnid) for where, name, wnid, *_ in fields)
+
+
+def _imagenet_labels(root: Path, names: list[str]) -> tuple[Path, Labels]:
+    """The labels of ImageNet's validation images, from whichever of two files is there.
+
+    - LOC_val_solution.csv, Kaggle's: a line has an image's name without its ending, a comma, and
+      its boxes: a wnid and four numbers each
+    - meta.bin, which torchvision.datasets.ImageNet makes of the devkit: the images' wnids, in the
+      order of the images' numbers
+
+    The devkit's ground truth alone is not enough. Its numbers are no positions among the sorted
+    wnids: only meta.mat has their wnids, and to read it takes MATLAB or scipy.
+
+    Raises:
+        UserError: neither is there, or meta.bin is damaged.
+    """
+    files = {os.path.splitext(name)[0]: name for name in names}  # noqa: PTH122 (Path is slow)
+
+    def file_of(image: str) -> str:
+        return files.get(image, f"{image}.JPEG")
+
+    places = [root]
+    if (resolved := root.resolve()).match(str(KAGGLE)):
+        places.append(resolved.parents[len(KAGGLE.parts) - 1])
+    for file in (place / "LOC_val_solution.csv" for place in places):
+        if file.is_file():
+            return file, (
+                (where, file_of(image), " ".join(dict.fromkeys(boxes.split()[::5])))
+                for where, line in _lines(file)
+                for image, _, boxes in [line.partition(",")]
+                if image != "ImageId"
+            )
+    file = root / "meta.bin"
+    if not file.is_file():
+        make = 'from torchvision.datasets.imagenet import parse_devkit_archive as make; make(".")'
+        raise UserError(
+            f"dataset {root}: its validation images lie flat in val/, and nothing that the kit "
+            "can read tells their classes (the devkit's ground truth needs its meta.mat, which is "
+            f"MATLAB's). `cd {shlex.quote(str(root / 'val'))} && wget -qO- {VALPREP} | bash` sorts "
+            f"them into val/<wnid>/; or put Kaggle's LOC_val_solution.csv into {root}; or "
+            f"`cd {shlex.quote(str(root))} && pip install scipy && python -c '{make}'` makes "
+            "torchvision's meta.bin of ILSVRC2012_devkit_t12.tar.gz there"
+        )
+    try:
+        _, wnids = load_meta_file(root)
+        wnids = [str(wnid) for wnid in wnids]
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file raises what its reader happens to meet
+        raise UserError(f"{file}: not torchvision's, or damaged: delete it") from error
+    return file, (
+        (f"{file} label {number}", file_of(f"{IMAGENET_VAL}{number:08d}"), wnid)
+        for number, wnid in enumerate(wnids, 1)
+    )
