@@ -4,11 +4,13 @@
     python diff_eval.py a.pth b.pth --classes all --output-dir diff_all
     python diff_eval.py --misclassified a.pth            # what one model gets wrong
 
-Prints both accuracies and how often the models agree, copies the images on which they disagree, and
-writes diff/disagreements.csv and diff/contact_sheet.png. Two ResNet-18 after three epochs on the
-sample, stems stride1 (a) and stock (b), with `--data sample --classes all`:
+Prints both accuracies, how often the models agree and whether one is better by more than chance,
+copies the images on which they disagree, and writes diff/disagreements.csv, comparison.json and
+contact_sheet.png. Two trainings of one recipe on the sample, with seeds 1 (a) and 2 (b) and
+`--data sample --classes all`:
 
-     * a Acc@1 26.600 b Acc@1 34.200 disagree 225 of 500
+     * a Acc@1 50.800 b Acc@1 49.800 disagree 198 of 500
+    The difference, a - b = +1.0 points, is no more than chance (95 % interval -3.7 to 5.7, ...
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from engine.stop import check_flags, run_script  # before slow imports: see engi
 
 import argparse
 import csv
+import json
 import math
 import os
 import re
@@ -26,7 +29,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.cli import (
     ArgumentParser,
@@ -76,6 +79,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from engine.checkpoints import Checkpoint
 from engine.files import check_writable, refuse_clashes, writing
+from engine.intervals import mcnemar, paired_difference
 from engine.launch import build_accelerator
 from image_classification.cache import BadImageError, open_image, refuse_bad_images
 from image_classification.checkpoint import count_classes, load, refuse_other_classes, restore_model
@@ -83,9 +87,11 @@ from image_classification.data import ImageData, ImageLoader, load_dataset
 from image_classification.folders import find_images, readable_names
 from image_classification.sources import resolve
 
-CSV, SHEET = "disagreements.csv", "contact_sheet.png"
+CSV, SHEET, COMPARISON = "disagreements.csv", "contact_sheet.png", "comparison.json"
 # All that a run writes: a folder that holds anything else is not replaced.
-OWN = re.compile(rf"\d+_(a\d+_b\d+|([ab]_)?misclassified_to_\d+)_.+|{CSV}|{SHEET}", re.DOTALL)
+OWN = re.compile(
+    rf"\d+_(a\d+_b\d+|([ab]_)?misclassified_to_\d+)_.+|{CSV}|{SHEET}|{COMPARISON}", re.DOTALL
+)
 
 SHEET_MOST, SHEET_COLUMNS = 200, 8  # images
 HEAD, THUMBNAIL, LABEL = 42, 120, 46  # pixels
@@ -306,26 +312,65 @@ def report(
                 name = copy_name(f"{v.target}_a{a}_b{b}", v.path, taken, most)
                 found.append((sum(v.probabilities), name, v))
     found.sort(key=lambda entry: (-entry[0], entry[1]))
-    write([(v, name) for _, name, v in found], data, names, args)
-
     n = len(verdicts)
+    agree = sum(len(set(v.predictions)) == 1 for v in verdicts)
+    comparison = compare(args.checkpoints, right, n - agree) if len(models) == 2 else None
+    write([(v, name) for _, name, v in found], comparison, data, names, args)
+
     acc1 = [100 * sum(hits) / n for hits in right]
     for model, path, value in zip(models, args.checkpoints, acc1, strict=True):
         print(f"{model} = {path}: Acc@1 {value:.3f} on {n} images")
-    if len(models) == 2:
-        agree = sum(len(set(v.predictions)) == 1 for v in verdicts)
-        count = Counter(zip(*right, strict=True))
+    if comparison:
         print(f"agreement {100 * agree / n:.3f}")
         print(f"{'':10}{'b right':>10}{'b wrong':>10}")
-        print(f"{'a right':10}{count[True, True]:>10}{count[True, False]:>10}")
-        print(f"{'a wrong':10}{count[False, True]:>10}{count[False, False]:>10}")
+        print(f"{'a right':10}{comparison['both']:>10}{comparison['only_a']:>10}")
+        print(f"{'a wrong':10}{comparison['only_b']:>10}{comparison['neither']:>10}")
         print(f" * a Acc@1 {acc1[0]:.3f} b Acc@1 {acc1[1]:.3f} disagree {n - agree} of {n}")
+        print(comparison["sentence"])
     else:
         print(f" * a Acc@1 {acc1[0]:.3f} misclassified {len(found)} of {n}")
     wrong = [n - sum(hits) for hits in right]
     both = args.misclassified and len(models) == 2
     share = f" ({wrong[0]} that a gets wrong, {wrong[1]} that b does)" if both else ""
-    print(f"=> {args.output_dir}/: {len(found)} images{share}, {CSV}, {SHEET}")
+    files = [CSV, SHEET, *[COMPARISON] * bool(comparison)]
+    print(f"=> {args.output_dir}/: {len(found)} images{share}, {', '.join(files)}")
+
+
+def compare(paths: list[Path], right: list[list[bool]], disagree: int) -> dict[str, Any]:
+    """What comparison.json holds: the accuracies of a and b, and whether they truly differ.
+
+    Args:
+        right: of each model, whether it is right, image by image.
+        disagree: images of which the models say different classes.
+    """
+    n = len(right[0])
+    count = Counter(zip(*right, strict=True))
+    only_a, only_b = count[True, False], count[False, True]
+    difference = 100 * (only_a - only_b) / n
+    low, high = (100 * end for end in paired_difference(only_a, only_b, n))
+    p = mcnemar(only_a, only_b)
+    if p < 0.05 and only_a > only_b:
+        said, ends = f"a is better by {difference:.1f} points", f"{low:.1f} to {high:.1f}"
+    elif p < 0.05:
+        said, ends = f"b is better by {-difference:.1f} points", f"{-high:.1f} to {-low:.1f}"
+    else:
+        said = f"The difference, a - b = {difference:+.1f} points, is no more than chance"
+        ends = f"{low:.1f} to {high:.1f}"
+    chance = f"p = {p:.3g}" if p >= 1e-4 else "p < 0.0001"
+    return {
+        **dict(zip("ab", map(str, paths), strict=True)),
+        "count": n,
+        "acc1": {model: 100 * sum(hits) / n for model, hits in zip("ab", right, strict=True)},
+        "only_a": only_a,
+        "only_b": only_b,
+        "both": count[True, True],
+        "neither": count[False, False],
+        "disagree": disagree,
+        "difference": difference,
+        "interval": [low, high],
+        "mcnemar_p": p,
+        "sentence": f"{said} (95 % interval {ends}, McNemar {chance})",
+    }
 
 
 def copy_name(story: str, path: Path, taken: set[str], most: int) -> str:
@@ -349,12 +394,17 @@ def copy_name(story: str, path: Path, taken: set[str], most: int) -> str:
 
 
 def write(
-    chosen: list[tuple[Verdict, str]], data: ImageData, names: list[str], args: argparse.Namespace
+    chosen: list[tuple[Verdict, str]],
+    comparison: dict[str, Any] | None,
+    data: ImageData,
+    names: list[str],
+    args: argparse.Namespace,
 ) -> None:
-    """Replace the output folder as a whole by the copies, the table and the sheet.
+    """Replace the output folder as a whole by the copies, the tables and the sheet.
 
     Args:
         chosen: the images and the names of their copies, the surest models first.
+        comparison: of two models.
         names: of the classes, readable.
     """
     folder: Path = args.output_dir
@@ -381,6 +431,8 @@ def write(
                     table.writerow(row)
             sheet = contact_sheet(chosen, drawable_names(data, names), args.checkpoints)
             sheet.save(temporary / SHEET)
+            if comparison:
+                (temporary / COMPARISON).write_text(json.dumps(comparison, indent=2) + "\n")
             shutil.rmtree(previous, ignore_errors=True)
             if folder.exists():
                 folder.rename(previous)

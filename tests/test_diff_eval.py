@@ -1,6 +1,7 @@
 """Two models whose predictions are known by construction, compared as a user does."""
 
 import csv
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from PIL import Image
 from torchvision import models
 
 from diff_eval import HEAD, OWN, THUMBNAIL, choose, copy_name, drawable_names
+from diff_eval import compare as compare_models
 from engine.cli import UserError
 from image_classification.augment import MEAN, STD
 
@@ -73,7 +75,8 @@ def compare(folder: Path, *flags: object) -> Result:
 
 
 def copies(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir()} - {"disagreements.csv", "contact_sheet.png"}
+    tables = {"disagreements.csv", "contact_sheet.png", "comparison.json"}
+    return {p.name for p in folder.iterdir()} - tables
 
 
 def test_the_images_the_table_and_the_csv_are_those_known(folder: Path) -> None:
@@ -82,7 +85,11 @@ def test_the_images_the_table_and_the_csv_are_those_known(folder: Path) -> None:
     assert copies(folder / "diff") == {"0_a1_b0_2.png", "1_a1_b0_2.png"}
     original = folder / "set" / "val" / "dog" / "2.png"
     assert (folder / "diff" / "1_a1_b0_2.png").read_bytes() == original.read_bytes()
-    assert result.out.splitlines()[-9:] == [
+    sentence = (
+        "The difference, a - b = +0.0 points, is no more than chance (95 % interval -32.7 to 32.7, "
+        "McNemar p = 1)"
+    )
+    assert result.out.splitlines()[-10:] == [
         "=> classes 0 cat, 1 domestic dog",
         "a = a.pth: Acc@1 50.000 on 10 images",
         "b = b.pth: Acc@1 50.000 on 10 images",
@@ -91,8 +98,24 @@ def test_the_images_the_table_and_the_csv_are_those_known(folder: Path) -> None:
         "a right            4         1",
         "a wrong            1         4",
         " * a Acc@1 50.000 b Acc@1 50.000 disagree 2 of 10",
-        f"=> {folder.resolve()}/diff/: 2 images, disagreements.csv, contact_sheet.png",
+        sentence,
+        f"=> {folder.resolve()}/diff/: 2 images, disagreements.csv, contact_sheet.png, "
+        "comparison.json",
     ]
+    comparison = json.loads((folder / "diff" / "comparison.json").read_text())
+    low, high = comparison.pop("interval")
+    assert -low == high == pytest.approx(100 * 1.959964 * (4 / 12 / 12) ** 0.5)
+    assert comparison == {
+        "a": "a.pth",
+        "b": "b.pth",
+        "count": 10,
+        "acc1": {"a": 50.0, "b": 50.0},
+        **{"only_a": 1, "only_b": 1, "both": 4, "neither": 4},
+        "disagree": 2,
+        "difference": 0.0,
+        "mcnemar_p": 1.0,
+        "sentence": sentence,
+    }
     with (folder / "diff" / "disagreements.csv").open() as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
     row = rows["1_a1_b0_2.png"]
@@ -107,6 +130,23 @@ def test_the_images_the_table_and_the_csv_are_those_known(folder: Path) -> None:
             assert float(row[f"{model}_probability"]) == pytest.approx(float(sure), abs=1e-3)
     sheet = Image.open(folder / "diff" / "contact_sheet.png")
     assert sheet.size[0] > 300
+
+
+def test_the_sentence_names_a_better_model_only_where_chance_would_rarely_make_it_so() -> None:
+    def said(only_a: int, only_b: int) -> str:
+        pairs = [(True, False)] * only_a + [(False, True)] * only_b
+        pairs += [(True, True)] * (200 - len(pairs))
+        right = [list(hits) for hits in zip(*pairs, strict=True)]
+        sentence: str = compare_models([Path("a"), Path("b")], right, 30)["sentence"]
+        return sentence
+
+    assert said(6, 0) == "a is better by 3.0 points (95 % interval 0.3 to 5.7, McNemar p = 0.0312)"
+    assert said(0, 6) == "b is better by 3.0 points (95 % interval 0.3 to 5.7, McNemar p = 0.0312)"
+    assert said(30, 0).endswith(" (95 % interval 9.8 to 19.9, McNemar p < 0.0001)")
+    for only_a, only_b, difference in ((5, 0, "+2.5"), (0, 5, "-2.5"), (9, 3, "+3.0")):
+        assert said(only_a, only_b).startswith(
+            f"The difference, a - b = {difference} points, is no more than chance (95 % interval "
+        )
 
 
 def test_classes_are_listed_without_a_checkpoint(folder: Path) -> None:

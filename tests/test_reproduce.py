@@ -158,7 +158,7 @@ def test_the_tables_hold_the_runs_figures(reports: dict[str, str]) -> None:
         log = (folder / "logs" / f"{model}.log").read_text()
         valid, test = re.findall(r"(?:valid|test) ppl +(\S+)", log)[-2:]
         assert f"| {valid} | {test} |" in row
-    assert "and 0.0 % in the CNN (its receptive field ends there)." in report
+    assert "of 7, its receptive field (95 % interval " in report
 
 
 def test_a_row_has_the_best_epoch_the_last_figures_and_training_less_validation() -> None:
