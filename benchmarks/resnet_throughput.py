@@ -50,9 +50,9 @@ def kit(work: str, flags: list[str], rows: list[int], compiled: bool = False) ->
         run, args, checkpoint = resnet_main.begin(flags)
     data = find_data(run.accelerator, args)
     if work == "validation":
-        data = data._replace(val=subset(data.val, rows, args, train=False))
+        data = data._replace(val=subset(data.val, rows, args))
     else:
-        data = data._replace(train=subset(data.train, rows, args, train=True))
+        data = data._replace(train=subset(data.train, rows, args))
     model, optimizer, train_loader, val_loader = resnet_main.build(run, data, args, checkpoint)
     move_to_gpu(run.accelerator, train_loader, val_loader)  # as from the second epoch on
     step = resnet_main.training_step(run, model, optimizer, args)
@@ -71,12 +71,12 @@ def kit(work: str, flags: list[str], rows: list[int], compiled: bool = False) ->
 
 
 def subset(
-    images: DecodedImages | ImageFiles, rows: list[int], args: argparse.Namespace, train: bool
+    images: DecodedImages | ImageFiles, rows: list[int], args: argparse.Namespace
 ) -> DecodedImages | ImageFiles:
     paths, targets = [images.paths[row] for row in rows], images.targets[rows]
     if isinstance(images, DecodedImages):
         return DecodedImages(images.images[rows], targets, paths)
-    return ImageFiles(Split(paths, targets.tolist()), args.image_size, args.seed, train)
+    return ImageFiles(Split(paths, targets.tolist()), args.image_size)
 
 
 def caching(paths: list[str], side: int, workers: int) -> Round:

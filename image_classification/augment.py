@@ -47,37 +47,44 @@ class Crops(NamedTuple):
     flip: torch.Tensor
 
 
-def draw_crops(n: int, height: int, width: int, generator: torch.Generator) -> Crops:
-    """Draw crop boxes and flips for `n` images of `height` × `width` pixels.
+def draw_crops(n: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw crops and flips of `n` samples, whatever the sizes of their images.
+
+    Returns:
+        [n, 2 * ATTEMPTS + 3], float32: widths and heights of ten boxes in units of the square root
+        of the image's area; place from the top and from the left, and flip, from 0 to 1.
+    """
+    scale = torch.empty(n, ATTEMPTS).uniform_(*SCALE, generator=generator)
+    ratio = torch.empty(n, ATTEMPTS).uniform_(*map(math.log, RATIO), generator=generator).exp_()
+    rest = torch.rand(n, 3, generator=generator)
+    return torch.cat([(scale * ratio).sqrt_(), (scale / ratio).sqrt_(), rest], dim=1)
+
+
+def fit_crops(drawn: torch.Tensor, height: torch.Tensor | int, width: torch.Tensor | int) -> Crops:
+    """The crops that `draw_crops` has drawn, in images of `height` × `width` pixels (or each [n]).
 
     The rule is that of torchvision.transforms.RandomResizedCrop.get_params: the first of ten boxes
     of random area and aspect ratio that fits, else the largest central box of an allowed ratio.
     """
-    area = height * width * torch.empty(n, ATTEMPTS).uniform_(*SCALE, generator=generator)
-    log_ratio = torch.empty(n, ATTEMPTS).uniform_(*map(math.log, RATIO), generator=generator)
-    place = torch.rand(n, 2, generator=generator)
-    flip = torch.rand(n, generator=generator) < 0.5
-
-    ratio = log_ratio.exp()
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    height, width = (torch.as_tensor(side).float().expand(len(drawn)) for side in (height, width))
+    boxes = drawn[:, : 2 * ATTEMPTS].unflatten(1, (2, ATTEMPTS))
+    w, h = (boxes * (height * width).sqrt()[:, None, None]).round().unbind(1)
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
     first = fits.int().argmax(dim=1, keepdim=True)
     w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
-    top = (place[:, 0] * (height - h + 1)).floor()
-    left = (place[:, 1] * (width - w + 1)).floor()
+    down, right, flip = drawn[:, 2 * ATTEMPTS :].unbind(1)
+    top, left = (down * (height - h + 1)).floor(), (right * (width - w + 1)).floor()
 
-    limited = min(max(width / height, RATIO[0]), RATIO[1])
-    if limited > width / height:  # too narrow: the full width
-        central_w, central_h = width, round(width / limited)
-    else:
-        central_w, central_h = round(height * limited), height
+    ratio = (width / height).clamp(*RATIO)
+    central_w = (height * ratio).round().minimum(width)
+    central_h = (width / ratio).round().minimum(height)
     any_fits = fits.any(dim=1)
     return Crops(
-        top=torch.where(any_fits, top, (height - central_h) // 2),
-        left=torch.where(any_fits, left, (width - central_w) // 2),
+        top=torch.where(any_fits, top, ((height - central_h) / 2).floor()),
+        left=torch.where(any_fits, left, ((width - central_w) / 2).floor()),
         height=torch.where(any_fits, h, central_h),
         width=torch.where(any_fits, w, central_w),
-        flip=flip,
+        flip=flip < 0.5,
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
@@ -29,6 +30,7 @@ PROBES = 64  # files whose headers tell whether a dataset's images are small
 BATCH = 64  # images; all workers' batches fit the 64 MB of shared memory that containers have
 MOST_NAMED = 1000  # bad files in one message
 DECODING = 2  # raised when a file's pixels become others: no older cache is used
+JPEG = b"\xff\xd8\xff"  # how such a file begins
 NOT_THE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)  # faults of the machine
 
 
@@ -51,6 +53,30 @@ def open_image(path: str) -> Image.Image:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_FILES:
             raise
         raise BadImageError(path) from error
+
+
+def decode(path: str) -> torch.Tensor:
+    """`open_image` as pixels, [3, height, width] uint8, in channels-last order.
+
+    JPEGs by torchvision: the same pixels as PIL's, sooner. It leaves EXIF's rotation alone as well.
+    """
+    try:
+        # Deprecated since torchvision 0.29: from the version without it on, PIL decodes all.
+        from torchvision.io import decode_jpeg
+
+        content = np.fromfile(path, np.uint8)
+        if content[: len(JPEG)].tobytes() == JPEG:
+            pixels: torch.Tensor = decode_jpeg(torch.from_numpy(content))
+            if len(pixels) in (1, 3):  # no CMYK
+                return pixels.expand(3, -1, -1)
+    except (ImportError, OSError, RuntimeError):
+        pass  # PIL says what is wrong with it
+    return to_pixels(open_image(path))
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """[3, height, width] uint8, in channels-last order."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _is_deep(mode: str) -> bool:

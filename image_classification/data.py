@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,11 +31,19 @@ from image_classification.augment import (
     Crops,
     draw_crops,
     fast_format,
+    fit_crops,
     normalise,
     resize,
     resized_crop,
 )
-from image_classification.cache import decoded_images, deep_modes, open_image, small_side
+from image_classification.cache import (
+    decode,
+    decoded_images,
+    deep_modes,
+    open_image,
+    small_side,
+    to_pixels,
+)
 from image_classification.folders import Split, find_images
 from image_classification.settings import DEFAULT
 from image_classification.sources import resolve
@@ -61,34 +70,43 @@ class DecodedImages:
 
 
 class ImageFiles(Dataset[Any]):
-    """Image files of any size, which workers crop and resize to [3, size, size] uint8.
+    """Image files of any size, which workers crop and resize to [size, size, 3] uint8.
 
-    Training takes the original's RandomResizedCrop and RandomHorizontalFlip, evaluation its
-    Resize and CenterCrop with their ratio of 256 to 224.
+    Their order is that in which images are decoded and convolutions like them (`fast_format`).
+    With a sample's row of `draw_crops`, an image gets the original's RandomResizedCrop and
+    RandomHorizontalFlip; without one, its Resize and CenterCrop with their ratio of 256 to 224.
     """
 
-    def __init__(self, split: Split, size: int, seed: int, train: bool) -> None:
+    def __init__(self, split: Split, size: int) -> None:
         self.paths, self.targets = split.paths, torch.tensor(split.targets)
-        self.size, self.seed, self.train = size, seed, train
+        self.size = size
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
-        epoch, index = key
-        image = open_image(self.paths[index])
-        if self.train:
-            generator = _generator("augmentation", self.seed, epoch, index)
-            crop = draw_crops(1, image.height, image.width, generator)
-            box = [int(field[0]) for field in crop[:4]]
-            image = TF.resized_crop(image, *box, [self.size, self.size], antialias=True)
-            if crop.flip[0]:
-                image = TF.horizontal_flip(image)
+    def __getitem__(self, key: tuple[int, list[float] | None]) -> torch.Tensor:
+        index, drawn = key
+        if drawn is None:  # by PIL: its rounding is the original's
+            image = TF.resize(open_image(self.paths[index]), [resized_side(self.size)])
+            pixels = to_pixels(TF.center_crop(image, [self.size, self.size]))
         else:
-            image = TF.resize(image, [round(self.size * 256 / 224)], antialias=True)
-            image = TF.center_crop(image, [self.size, self.size])
-        pixels: torch.Tensor = TF.pil_to_tensor(image)
-        return pixels
+            pixels = decode(self.paths[index])
+            crop = fit_crops(torch.tensor([drawn]), *pixels.shape[1:])
+            box = [int(field) for field in crop[:4]]
+            pixels = TF.resized_crop(pixels, *box, [self.size, self.size], antialias=True)
+            pixels = pixels.flip(-1) if crop.flip else pixels
+        return pixels.permute(1, 2, 0).contiguous()
+
+
+def resized_side(size: int) -> int:
+    """The shorter side to which the original resizes before it crops `size` from the centre."""
+    return round(size * 256 / 224)
+
+
+def _keys(drawn: torch.Tensor | None, rows: torch.Tensor) -> list[tuple[int, list[float] | None]]:
+    """What `ImageFiles` takes, for each sample of a step."""
+    crops = [None] * len(rows) if drawn is None else drawn[rows].tolist()
+    return list(zip(rows.tolist(), crops, strict=True))
 
 
 def _generator(*parts: int | str) -> torch.Generator:
@@ -135,8 +153,7 @@ def load_dataset(
     if image_size is None:
         image_size = ORIGINAL_SIZE if side is None else DEFAULT.image_size
     if side is None:
-        train_files = ImageFiles(train, image_size, seed, train=True)
-        val_files = ImageFiles(val, image_size, seed, train=False)
+        train_files, val_files = ImageFiles(train, image_size), ImageFiles(val, image_size)
         return ImageData(root, classes, image_size, train_files, val_files, notes)
     paths = train.paths + val.paths
     images = decoded_images(root, paths, side, min(workers, os.cpu_count() or 1))
@@ -359,28 +376,31 @@ class ImageLoader:
 
     def _pixels(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """[b, 3, size, size], float32 from 0 to 255, of the samples of each step."""
+        drawn = None
+        if self.train:
+            # The whole epoch's crops in one draw: a generator for each sample is slow.
+            generator = _generator("augmentation", self.seed, epoch)
+            drawn = draw_crops(len(self.targets), generator)
         if isinstance(self.images, ImageFiles):
             # Workers live for an epoch: training's are gone when validation starts its own.
             loader = DataLoader(
                 self.images,
-                batch_sampler=[[(epoch, i) for i in rows.tolist()] for rows in steps],
+                batch_sampler=map(functools.partial(_keys, drawn), steps),
                 num_workers=self.workers,
                 worker_init_fn=leave_signals_to_parent,
                 pin_memory=self.pins,
             )
             for pixels in start_workers(loader):
-                yield pixels.to(self.device, non_blocking=self.pins).float()
+                here = pixels.to(self.device, non_blocking=self.pins)
+                yield here.permute(0, 3, 1, 2).float()
             return
         images = self.images.images
         is_here = images.device.type == self.device.type
         places = torch.arange(len(self.targets)) % len(images)
         own_places = self._spread(places, steps) if is_here else [places[rows] for rows in steps]
         own_crops: Iterable[Crops | None] = [None] * len(steps)
-        if self.train:
-            # The whole epoch's crops in one draw: a generator for each sample is slow.
-            generator = _generator("augmentation", self.seed, epoch)
-            side = images.shape[-1]
-            crops = draw_crops(len(self.targets), side, side, generator)
+        if drawn is not None:
+            crops = fit_crops(drawn, *images.shape[-2:])
             fields = [self._spread(field, steps) for field in crops]
             own_crops = map(Crops, *fields)
         for rows, crop in zip(own_places, own_crops, strict=True):
