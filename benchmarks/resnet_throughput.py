@@ -75,7 +75,12 @@ def subset(
 ) -> DecodedImages | ImageFiles:
     paths, targets = [images.paths[row] for row in rows], images.targets[rows]
     if isinstance(images, DecodedImages):
-        return DecodedImages(images.images[rows], targets, paths)
+        return DecodedImages(
+            images.images[rows],
+            targets,
+            paths,
+            images.sizes if images.sizes is None else images.sizes[rows],
+        )
     return ImageFiles(Split(paths, targets.tolist()), args.image_size)
 
 

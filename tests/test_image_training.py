@@ -154,7 +154,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     ids=lambda flags: "+".join(flags),
 )
 def test_a_run_follows_a_plain_loop(flags: dict[str, Any], tmp_path: Path) -> None:
-    data = load_dataset(str(make_dataset(tmp_path / "set", train=9)), SIDE, SEED, 0, False)
+    data = load_dataset(str(make_dataset(tmp_path / "set", train=9)), SIDE, 0, False)
     plain = train_plainly(data, flags)
     given: list[object] = []
     for name, value in flags.items():
