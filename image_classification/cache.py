@@ -292,7 +292,6 @@ def decoded_images(
                 if not is_whole():
                     others = cache.name.replace(dataset, "?" * len(dataset))
                     _remove_others(unfinished, others)
-                    print(f"=> decoding {len(paths)} images of {root} into {cache}, once", end="")
                     _write(unfinished, _Decoded(paths, side, scaled), workers)
                     unfinished.replace(cache)
                     _remove_others(cache, others)
@@ -355,12 +354,14 @@ def _write(path: Path, decoded: _Decoded, workers: int) -> None:
     missing = np.flatnonzero(sizes[:, 0] == 0).tolist()
     needed, free = len(missing) * row, shutil.disk_usage(path.parent).free
     done = len(paths) - len(missing)
-    print(f" ({needed / 1e9:.1f} GB{f'; {done} are there' if done else ''})", flush=True)
+    there = f"; {done} are there" if done else ""
+    print(
+        f"=> decoding {len(paths)} images into {path.with_suffix('.uint8')}, once "
+        f"({_amount(needed)} of {_amount(free)} that are free{there})",
+        flush=True,
+    )
     if needed > free:
-        raise UserError(
-            f"{path.parent} has {free / 1e9:.1f} GB of free disk, and decoded images take "
-            f"{needed / 1e9:.1f}: make room"
-        )
+        raise UserError(f"{path.parent} has no room for {_amount(needed)} of decoded images")
     bad: list[str] = []
     rest = _Decoded([paths[i] for i in missing], decoded.side, decoded.scaled)
     with path.open("r+b" if path.exists() else "w+b") as file:
@@ -396,6 +397,10 @@ def _write(path: Path, decoded: _Decoded, workers: int) -> None:
         raise _bad_files(bad, len(paths))
 
 
+def _amount(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def _digest(*identity: object) -> str:
     return hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
 
@@ -406,16 +411,17 @@ def _fingerprint(root: Path, paths: Sequence[str], side: int) -> str:
     Copies and reproducible archives may set modification times, but nobody can set the time of a
     file's last change. A read-only image of a file system may have neither: hence the sample.
     """
-    stamps: list[object] = []
+    known = hashlib.sha256(repr((DECODING, side)).encode())
     try:
         for path in paths:
             stat = os.stat(path)  # noqa: PTH116
-            times = stat.st_mtime_ns, stat.st_ctime_ns
-            stamps.append((os.path.relpath(path, root), stat.st_size, *times))
-        stamps += [hashlib.sha256(Path(path).read_bytes()).digest() for path in _sample(paths)]
+            name = path.removeprefix(str(root))
+            known.update(repr((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)).encode())
+        for path in _sample(paths):
+            known.update(hashlib.sha256(Path(path).read_bytes()).digest())
     except OSError:  # a link to nowhere or no permission, which decoding will name
         pass
-    return _digest(DECODING, side, stamps)
+    return known.hexdigest()[:24]
 
 
 def _sample(paths: Sequence[str]) -> Sequence[str]:

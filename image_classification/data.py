@@ -406,27 +406,16 @@ class ImageLoader:
                 here = pixels.to(self.device, non_blocking=self.pins)
                 yield here.permute(0, 3, 1, 2).float()
             return
-        images, sizes = self.images.images, self.images.sizes
+        images = self.images.images
         is_here = images.device.type == self.device.type
         places = torch.arange(len(self.targets)) % len(images)
         own_places = self._spread(places, steps) if is_here else [places[rows] for rows in steps]
         own_crops: Iterable[Crops | None] = [None] * len(steps)
-        side, crops = images.shape[-1], None
-        if sizes is not None:
-            height, width = sizes.T
-            crops = (
-                central_crops(height, width, self.image_size)
-                if drawn is None
-                else fit_crops(drawn, height, width)
-            )
-            crops = scale_crops(crops, height, width, side)
-        elif drawn is not None:
-            crops = fit_crops(drawn, side, side)
+        crops = self._crops(self.images, drawn, torch.cat(steps))
         if crops is not None:
-            fields = [self._spread(field, steps) for field in crops]
-            own_crops = map(Crops, *fields)
+            own_crops = map(Crops, *(self._split(field, steps) for field in crops))
         for rows, crop in zip(own_places, own_crops, strict=True):
-            if crop is not None and sizes is not None and self.device.type == "cpu":
+            if crop is not None and self.images.sizes is not None and self.device.type == "cpu":
                 yield crop_each(images, rows, crop, self.image_size)
                 continue
             pixels = images[rows]
@@ -438,6 +427,24 @@ class ImageLoader:
                 if crop is None
                 else resized_crop(pixels, crop, self.image_size)
             )
+
+    def _crops(
+        self, decoded: DecodedImages, drawn: torch.Tensor | None, rows: torch.Tensor
+    ) -> Crops | None:
+        """The regions of `rows` that are to be seen, in pixels of `decoded.images`; None for all.
+
+        Args:
+            drawn: see `draw_crops`; None for validation.
+        """
+        side = decoded.images.shape[-1]
+        if decoded.sizes is None:
+            return None if drawn is None else fit_crops(drawn[rows], side, side)
+        height, width = decoded.sizes[rows].T
+        if drawn is None:
+            crops = central_crops(height, width, self.image_size)
+        else:
+            crops = fit_crops(drawn[rows], height, width)
+        return scale_crops(crops, height, width, side)
 
     def _slice(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """This process's samples of a global batch, padded so that all parts are equally long.

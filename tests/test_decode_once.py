@@ -160,7 +160,8 @@ def test_an_interrupted_decoding_goes_on_where_it_was(
     capsys.readouterr()
     load(root, 32, SIDE)
     out = capsys.readouterr().out
-    assert f"=> decoding 34 images of {root}" in out and "; 19 are there)" in out
+    assert f"=> decoding 34 images into {root}/.decoded-" in out
+    assert "(0.2 MB of " in out and " that are free; 19 are there)" in out
     fresh = Path(shutil.copytree(root / "train", tmp_path / "fresh" / "train")).parent
     shutil.copytree(root / "val", fresh / "val")
     load(fresh, 32, SIDE)
@@ -206,7 +207,7 @@ def test_a_full_disk(
     usage: Any = SimpleNamespace(free=14 * 3 * SIDE**2 - 1)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage)
-        with pytest.raises(UserError, match=r"of free disk, and decoded images take .*: make room"):
+        with pytest.raises(UserError, match=r"set has no room for 0.2 MB of decoded images"):
             load(interrupted, 32, SIDE)
         usage.free += 1
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
