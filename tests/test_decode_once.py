@@ -129,7 +129,10 @@ class Interrupted(BaseException):
 def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A dataset whose decoding ended at image 20 of 34, in batches of four."""
     root = make_dataset(tmp_path / "set", "plain", side=160)
+    for i, path in enumerate(sorted(root.glob("train/*/*.JPEG"))):
+        image(i, 160).resize((130 + i, 160 - i)).save(path)
     monkeypatch.setattr(cache, "BATCH", 4)
+    monkeypatch.setattr(cache, "FLUSH_EVERY", 0)
     whole, calls = cache.decode, []
 
     def failing(path: str) -> torch.Tensor:
@@ -158,7 +161,9 @@ def test_an_interrupted_decoding_goes_on_where_it_was(
         file.seek(34 * row + 3 * 8)
         file.write(bytes(8))  # the fourth image's size
     capsys.readouterr()
-    load(root, 32, SIDE)
+    train = load(root, 32, SIDE).train
+    assert isinstance(train, DecodedImages) and train.sizes is not None
+    assert train.sizes.tolist() == [[160 - i, 130 + i] for i in range(24)]
     out = capsys.readouterr().out
     assert f"=> decoding 34 images into {root}/.decoded-" in out
     assert "(0.2 MB of " in out and " that are free; 19 are there)" in out
