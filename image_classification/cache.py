@@ -293,6 +293,7 @@ def decoded_images(
                     others = cache.name.replace(dataset, "?" * len(dataset))
                     _remove_others(unfinished, others)
                     _write(unfinished, _Decoded(paths, side, scaled), workers)
+                if not is_whole():  # nor has a process whose lock is not seen here been faster
                     unfinished.replace(cache)
                     _remove_others(cache, others)
         except OSError as error:
@@ -348,9 +349,8 @@ def _write(path: Path, decoded: _Decoded, workers: int) -> None:
     paths, row = decoded.paths, 3 * decoded.side**2
     pixels_end = len(paths) * row
     sizes = np.zeros((len(paths), 2), np.int32)
-    if path.exists():
-        found = np.fromfile(path, np.int32, offset=pixels_end)
-        sizes = found.reshape(-1, 2) if found.size == sizes.size else sizes
+    if path.exists() and path.stat().st_size == pixels_end + sizes.nbytes:
+        sizes = np.fromfile(path, np.int32, offset=pixels_end).reshape(-1, 2)
     missing = np.flatnonzero(sizes[:, 0] == 0).tolist()
     needed, free = len(missing) * row, shutil.disk_usage(path.parent).free
     done = len(paths) - len(missing)
@@ -364,7 +364,8 @@ def _write(path: Path, decoded: _Decoded, workers: int) -> None:
         raise UserError(f"{path.parent} has no room for {_amount(needed)} of decoded images")
     bad: list[str] = []
     rest = _Decoded([paths[i] for i in missing], decoded.side, decoded.scaled)
-    with path.open("r+b" if path.exists() else "w+b") as file:
+    path.touch()
+    with path.open("r+b") as file:
         file.truncate(pixels_end + sizes.nbytes)
         first = next_row = 0  # positions in `missing`: those between are written, but not flushed
 
