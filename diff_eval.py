@@ -61,6 +61,8 @@ def make_parser() -> ArgumentParser:
     add("--stem", nargs="+", choices=STEMS, help="likewise for a ResNet's stem")
     add("--image-size", nargs="+", type=positive_int, metavar="PX",
         help="likewise for the images; else what is usual for such images")
+    add("--decode-once", default=0, type=non_negative_int, metavar="PX",
+        help="use or make what resnet_main.py decodes with this flag; 0: the images themselves")
     add("-b", "--batch-size", default=256, type=positive_int, metavar="N", help="images at a time")
     add("-j", "--workers", default=4, type=non_negative_int, metavar="N",
         help="worker processes that decode images")
@@ -150,7 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.data} is missing, and this script downloads nothing: name --data")
     with accelerator.local_main_process_first():
         datasets = {
-            size: load_dataset(args.data, size, 0, args.workers, download=False)
+            size: load_dataset(
+                args.data, size, args.workers, download=False, decode_once=args.decode_once
+            )
             for size in set(sizes)
         }
     data = datasets[sizes[0]]

@@ -117,7 +117,7 @@ class Preprocessing:
 
     def __init__(self, paths: list[str], side: int | None, size: int) -> None:
         self.paths, self.side, self.size = paths, side, size
-        self.files = ImageFiles(Split(paths, [0] * len(paths)), size, seed=0, train=False)
+        self.files = ImageFiles(Split(paths, [0] * len(paths)), size)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """[3, size, size], float32 from 0 to 255.
@@ -126,7 +126,7 @@ class Preprocessing:
             BadImageError: the file cannot be decoded.
         """
         if self.side is None:
-            return self.files[0, index].float()
+            return self.files[index, None].permute(2, 0, 1).float()
         return resize(whole_image(self.paths[index], self.side)[None], self.size)[0]
 
 

@@ -52,6 +52,9 @@ def make_parser() -> cli.ArgumentParser:
         "224, unless the images are small")
     add("-j", "--workers", type=cli.non_negative_int, default=4, metavar="N",
         help="worker processes of a node that decode large images")
+    add("--decode-once", type=cli.non_negative_int, default=0, metavar="PX",
+        help="decode large images once, to PX x PX, into a file: faster from the second epoch on; "
+        "0: anew in every epoch")
     add("--download", action=argparse.BooleanOptionalAction, default=True,
         help="fetch Tiny-ImageNet (248 MB) when its default DIR is missing (default: yes)")
     add("--dummy", action="store_true", help="fake data, to benchmark without a disk")

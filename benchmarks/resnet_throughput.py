@@ -2,6 +2,7 @@
 
     python benchmarks/resnet_throughput.py
     python benchmarks/resnet_throughput.py --data path/to/tiny-imagenet-200 --json resnet.json
+    python benchmarks/resnet_throughput.py --data photographs --image-size 224 --stem stock -b 64
     python benchmarks/resnet_throughput.py -b 512 --compile --only training loading    # on a GPU
 
 The kit's side is the real loop, resnet_main.train_epoch and resnet_main.evaluate with the real
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import floors
+import photographs
 import rounds
 import tables
 import torch
@@ -50,9 +52,9 @@ def kit(work: str, flags: list[str], rows: list[int], compiled: bool = False) ->
         run, args, checkpoint = resnet_main.begin(flags)
     data = find_data(run.accelerator, args)
     if work == "validation":
-        data = data._replace(val=subset(data.val, rows, args, train=False))
+        data = data._replace(val=subset(data.val, rows, args))
     else:
-        data = data._replace(train=subset(data.train, rows, args, train=True))
+        data = data._replace(train=subset(data.train, rows, args))
     model, optimizer, train_loader, val_loader = resnet_main.build(run, data, args, checkpoint)
     move_to_gpu(run.accelerator, train_loader, val_loader)  # as from the second epoch on
     step = resnet_main.training_step(run, model, optimizer, args)
@@ -71,20 +73,25 @@ def kit(work: str, flags: list[str], rows: list[int], compiled: bool = False) ->
 
 
 def subset(
-    images: DecodedImages | ImageFiles, rows: list[int], args: argparse.Namespace, train: bool
+    images: DecodedImages | ImageFiles, rows: list[int], args: argparse.Namespace
 ) -> DecodedImages | ImageFiles:
     paths, targets = [images.paths[row] for row in rows], images.targets[rows]
     if isinstance(images, DecodedImages):
-        return DecodedImages(images.images[rows], targets, paths)
-    return ImageFiles(Split(paths, targets.tolist()), args.image_size, args.seed, train)
+        return DecodedImages(
+            images.images[rows],
+            targets,
+            paths,
+            images.sizes if images.sizes is None else images.sizes[rows],
+        )
+    return ImageFiles(Split(paths, targets.tolist()), args.image_size)
 
 
-def caching(paths: list[str], side: int, workers: int) -> Round:
+def caching(paths: list[str], side: int, workers: int, scaled: bool) -> Round:
     """Images a second of decoding `paths` into a new cache."""
 
     def build() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            decoded_images(Path(folder), paths, side, workers)
+            decoded_images(Path(folder), paths, side, workers, scaled)
 
     return lambda: [len(paths) / rounds.seconds(build)]
 
@@ -116,7 +123,10 @@ def main() -> None:
     parser = ArgumentParser("Images a second of resnet_main.py")
     add = parser.add_argument
     # fmt: off
-    add("--data", default="sample", metavar="DIR", help="dataset, or `sample` for the built-in one")
+    add("--data", default="sample", metavar="DIR",
+        help="dataset, `sample` for the built-in one, or `photographs` for noise of 500 x 375 px")
+    add("--decode-once", type=positive_int, default=256, metavar="PX",
+        help="side of larger images' copies in the loading row")
     add("-a", "--arch", default=DEFAULT.arch, help="model architecture")
     add("--stem", choices=STEMS, default=DEFAULT.stem, help="first layers of a ResNet")
     add("--image-size", type=positive_int, default=64, metavar="PX", help="side of the images")
@@ -133,6 +143,9 @@ def main() -> None:
     rounds.add_precision(parser, bf16=not emulates_bf16(rounds.device()))
     args = parser.parse_args()
 
+    if (dataset := args.data) == "photographs":
+        made = tempfile.TemporaryDirectory()
+        args.data = str(photographs.make(Path(made.name)))
     folders = find_images(resolve(args.data, download=False))
     small = small_side(folders.train.paths)
     stem = args.stem if has_stem(args.arch) else None
@@ -167,7 +180,7 @@ def main() -> None:
     results: list[Row] = []
     notes = [
         f"{args.arch}, stem {stem}, {args.image_size} px, batch {args.batch_size}, {args.steps} "
-        f"steps a round, {args.workers} workers; dataset {args.data}.",
+        f"steps a round, {args.workers} workers; dataset {dataset}.",
         "MB: peak memory above the imported libraries, without that of worker processes.",
     ]
     for work in [work for work in ("training", "validation") if work in args.only]:
@@ -194,12 +207,18 @@ def main() -> None:
             Contestant("PIL workers", "reference_image:loading", {"loader": loader}, theirs),
             Contestant("kit", "resnet_throughput:kit", options, own),
         ]
-        if small:
-            paths = list(dict.fromkeys(path for path, _ in loader["samples"]))
-            options = {"paths": paths, "side": small, "workers": args.workers}
-            contestants.append(
-                Contestant("kit, building its cache", "resnet_throughput:caching", options, own)
-            )
+        if not small:
+            once = {**options, "flags": [*small_model, "--decode-once", str(args.decode_once)]}
+            contestants.append(Contestant("kit, --decode-once", "resnet_throughput:kit", once, own))
+        options = {
+            "paths": list(dict.fromkeys(path for path, _ in loader["samples"])),
+            "side": small or args.decode_once,
+            "workers": args.workers,
+            "scaled": not small,
+        }
+        contestants.append(
+            Contestant("kit, building its cache", "resnet_throughput:caching", options, own)
+        )
         results += rounds.measure(["loading"], "images/s", contestants, args.rounds)
         notes.append("loading: augmented batches, and no training; the cache is built once.")
     if "start" in args.only:

@@ -1,19 +1,23 @@
-"""Small images, decoded once into a memory-mapped file that all processes of a node share."""
+"""Images, decoded once into a memory-mapped file that all processes of a node share."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import math
 import mmap
 import os
+import shutil
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
@@ -21,14 +25,19 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from engine.cli import UserError
-from engine.files import writing
+from engine.files import lock
 from engine.stop import leave_signals_to_parent, start_workers
+from image_classification.augment import crop_image
 
 SMALL = 128  # pixels a side; larger images are decoded by worker processes in every epoch
 PROBES = 64  # files whose headers tell whether a dataset's images are small
-BATCH = 64  # images; all workers' batches fit the 64 MB of shared memory that containers have
+# Images at once; all workers' batches fit the 64 MB of shared memory that containers have.
+BATCH, BATCH_BYTES = 64, 64 * 3 * SMALL**2
+SIZES = np.dtype((np.int32, 2))  # an image's height and width
+FLUSH_EVERY = 10  # seconds of decoding that an interruption can cost
 MOST_NAMED = 1000  # bad files in one message
 DECODING = 2  # raised when a file's pixels become others: no older cache is used
+JPEG = b"\xff\xd8\xff"  # how such a file begins
 NOT_THE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)  # faults of the machine
 
 
@@ -51,6 +60,25 @@ def open_image(path: str) -> Image.Image:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_FILES:
             raise
         raise BadImageError(path) from error
+
+
+def decode(path: str) -> torch.Tensor:
+    """`open_image` as pixels, [height, width, 3] uint8.
+
+    JPEGs by torchvision: the same pixels as PIL's, sooner. It leaves EXIF's rotation alone as well.
+    """
+    try:
+        # Deprecated since torchvision 0.29: from the version without it on, PIL decodes all.
+        from torchvision.io import decode_jpeg
+
+        content = np.fromfile(path, np.uint8)
+        if content[: len(JPEG)].tobytes() == JPEG:
+            pixels: torch.Tensor = decode_jpeg(torch.from_numpy(content))
+            if len(pixels) in (1, 3):  # no CMYK
+                return pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous()
+    except (ImportError, OSError, RuntimeError):
+        pass  # PIL says what is wrong with it
+    return torch.from_numpy(np.array(open_image(path)))
 
 
 def _is_deep(mode: str) -> bool:
@@ -103,51 +131,76 @@ def _squared(image: Image.Image, side: int) -> torch.Tensor:
     return pixels
 
 
-class _Decoded(Dataset[tuple[torch.Tensor, str]]):
-    """(pixels [3, side, side] uint8, problem or "") of each file; side 0 only finds problems."""
+def _scaled(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """An image of any size, [h, w, 3], as [side, side, 3], both of its sides scaled."""
+    height, width, _ = pixels.shape
+    if height == width == side:
+        return pixels
+    return crop_image(pixels, (0, 0, height, width), flip=False, size=side).contiguous()
 
-    def __init__(self, paths: Sequence[str], side: int) -> None:
-        self.paths, self.side = paths, side
+
+class _Decoded(Dataset[tuple[torch.Tensor, torch.Tensor, str]]):
+    """Pixels, the image's own height and width, and what is wrong with the file, or "".
+
+    Args:
+        side: of the pixels; 0 only finds problems.
+        scaled: images of any size, as [side, side, 3] uint8, else squares, as [3, side, side].
+    """
+
+    def __init__(self, paths: Sequence[str], side: int, scaled: bool) -> None:
+        self.paths, self.side, self.scaled = paths, side, scaled
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
-        blank = torch.zeros(3, self.side, self.side, dtype=torch.uint8)
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+        path, side = self.paths[index], self.side
         try:
-            image = open_image(self.paths[index])
+            if self.scaled:
+                whole = decode(path)
+                return _scaled(whole, side), torch.tensor(whole.shape[:2], dtype=torch.int32), ""
+            image = open_image(path)
+            size = torch.tensor([image.height, image.width], dtype=torch.int32)
+            return _squared(image, side) if side else size, size, ""
         except BadImageError as error:
-            return blank, describe(error)
-        return _squared(image, self.side) if self.side else blank, ""
+            shape = (side, side, 3) if self.scaled else (3, side, side) if side else (2,)
+            nothing = torch.zeros(shape, dtype=torch.uint8 if side else torch.int32)
+            return nothing, torch.zeros(2, dtype=torch.int32), describe(error)
 
 
 def _decode(
-    paths: Sequence[str], side: int, workers: int, description: str
-) -> Iterator[torch.Tensor]:
-    """Yield batches of images in the order of `paths`, [n, 3, side, side] uint8; shows a bar.
+    decoded: _Decoded, workers: int, description: str, bad: list[str], done: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield batches of pixels and sizes in the order of the files; shows a bar.
 
-    Raises:
-        UserError: at the end, one for all the files that could not be decoded.
+    Args:
+        bad: is given what cannot be decoded, each with the reason. Its pixels and size are zeros.
+        done: images that the bar has behind it.
     """
+    total, row = len(decoded), 3 * decoded.side**2
     loader = DataLoader(
-        _Decoded(paths, side),
-        batch_size=BATCH,
+        decoded,
+        batch_size=BATCH if row * BATCH <= BATCH_BYTES else max(1, BATCH_BYTES // row),
         num_workers=workers,
         worker_init_fn=leave_signals_to_parent,
     )
-    problems: list[str] = []
-    with tqdm(total=len(paths), unit="images", desc=description, disable=None) as bar:
-        for pixels, reasons in start_workers(loader):
-            yield pixels
-            problems.extend(reasons)
-            bar.update(len(pixels))
-    bad = [f"{path} ({why})" for path, why in zip(paths, problems, strict=True) if why]
-    if bad:
-        more = f", and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
-        raise UserError(
-            f"{len(bad)} of {len(paths)} image files cannot be read; restore or delete: "
-            f"{', '.join(bad[:MOST_NAMED])}{more}"
-        )
+    seen = 0
+    bar = tqdm(total=done + total, initial=done, unit="images", desc=description, disable=None)
+    with bar:
+        for pixels, sizes, reasons in start_workers(loader):
+            yield pixels, sizes
+            paths = decoded.paths[seen : seen + len(reasons)]
+            bad += [f"{path} ({why})" for path, why in zip(paths, reasons, strict=True) if why]
+            seen += len(reasons)
+            bar.update(len(reasons))
+
+
+def _bad_files(bad: Sequence[str], total: int) -> UserError:
+    more = f", and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
+    return UserError(
+        f"{len(bad)} of {total} image files cannot be read; restore or delete: "
+        f"{', '.join(bad[:MOST_NAMED])}{more}"
+    )
 
 
 def refuse_bad_images(
@@ -163,8 +216,11 @@ def refuse_bad_images(
     if processes > 1:
         path = str(met).rpartition("BadImageError: ")[2].strip()  # of a worker, after its traceback
         raise UserError(f"{path} cannot be read: restore or delete it")
-    for _ in _decode(paths, 0, workers, "looking for bad images"):
+    bad: list[str] = []
+    for _ in _decode(_Decoded(paths, 0, scaled=False), workers, "looking for bad images", bad):
         pass
+    if bad:
+        raise _bad_files(bad, len(paths))
     raise UserError("an image could not be read, but all can now: check the disk")
 
 
@@ -197,20 +253,29 @@ def deep_modes(paths: Sequence[str]) -> list[str]:
     return sorted({mode for _, mode in _headers(paths) if _is_deep(mode)})
 
 
-def decoded_images(root: Path, paths: Sequence[str], side: int, workers: int) -> torch.Tensor:
-    """All images as one memory-mapped uint8 tensor [len(paths), 3, side, side].
+def decoded_images(
+    root: Path, paths: Sequence[str], side: int, workers: int, scaled: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images as one memory-mapped uint8 tensor [n, 3, side, side], and their own sizes.
 
     The first call decodes them into a file in `root`, or in the system's temporary folder when
     `root` is read-only; later calls only map it. The file's name has a fingerprint of the dataset
     (see `_fingerprint`), so that a change of any image makes a new file.
 
+    Args:
+        scaled: images of any size, both sides scaled; in channels-last order. Else small squares.
+
+    Returns:
+        The images, and [n, 2] int32, the heights and widths that they had.
+
     Raises:
         UserError: image files that cannot be decoded, all in one message, or a full disk.
     """
-    shape = (len(paths), 3, side, side)
-    size = math.prod(shape)
+    kind = f"{side}px-" if scaled else ""
     dataset = _fingerprint(root, paths, side)
-    cache = beside = root / f".decoded-{dataset}.uint8"
+    cache = root / f".decoded-{kind}{dataset}.uint8"
+    pixels = len(paths) * 3 * side**2
+    size = pixels + len(paths) * SIZES.itemsize
 
     def is_whole() -> bool:
         return cache.is_file() and cache.stat().st_size == size
@@ -219,19 +284,122 @@ def decoded_images(root: Path, paths: Sequence[str], side: int, workers: int) ->
         # All datasets share that folder, so the place counts as well.
         where = root.stat()
         place = _digest(str(root.resolve()), where.st_dev, where.st_ino)
-        cache = Path(tempfile.gettempdir(), f".decoded-{place}-{dataset}.uint8")
+        cache = Path(tempfile.gettempdir(), f".decoded-{place}-{kind}{dataset}.uint8")
+    unfinished = cache.with_suffix(".unfinished")
     if not is_whole():
-        print(f"=> decoding {len(paths)} images of {root} into {cache}, once", flush=True)
-        with writing(cache) as unfinished, unfinished.open("wb") as output:
-            for pixels in _decode(paths, side, workers, "decoding"):
-                output.write(pixels.numpy().tobytes())
-        for outdated in root.glob(".decoded-*.uint8") if cache is beside else ():
-            if outdated != cache:
-                outdated.unlink(missing_ok=True)
+        try:
+            with _alone(cache.with_suffix(".lock")):
+                if not is_whole():
+                    others = cache.name.replace(dataset, "?" * len(dataset))
+                    _remove_others(unfinished, others)
+                    _write(unfinished, _Decoded(paths, side, scaled), workers)
+                if not is_whole():  # nor has a process whose lock is not seen here been faster
+                    unfinished.replace(cache)
+                    _remove_others(cache, others)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {cache}: {error.strerror or error}; make room, and decoding goes on "
+                f"where it was, or delete {unfinished}"
+            ) from error
     # Not torch.from_file, which takes no name that is not UTF-8.
     with cache.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(mapped, dtype=torch.uint8).view(shape)
+    images = torch.frombuffer(mapped, dtype=torch.uint8, count=pixels)
+    shape = (len(paths), side, side, 3) if scaled else (len(paths), 3, side, side)
+    images = images.view(shape).permute(0, 3, 1, 2) if scaled else images.view(shape)
+    sizes = np.frombuffer(bytearray(mapped[pixels:]), np.int32).reshape(-1, 2)
+    return images, torch.from_numpy(sizes)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process, of this node or another, is within it with this `path`."""
+    try:
+        held = lock(path, "", patience=0)
+    except UserError:
+        print("=> another process decodes the images: waiting for it", flush=True)
+        held = lock(path, "", patience=math.inf)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        if held is not None:
+            held.close()
+
+
+def _remove_others(path: Path, names: str) -> None:
+    """Remove what was decoded of images that have changed since: `names` with `path`'s ending."""
+    for other in path.parent.glob(Path(names).with_suffix(path.suffix).name):
+        if other != path:
+            other.unlink(missing_ok=True)
+
+
+def _write(path: Path, decoded: _Decoded, workers: int) -> None:
+    """Decode into the file at `path`, or go on with what an interrupted call has left there.
+
+    All images' pixels lie there in a row, and then all sizes (`SIZES`). An image's size is written
+    when its pixels are on the disk, so it tells which images need no more decoding. Two processes
+    that do not see each other's lock write the same.
+
+    Raises:
+        UserError: files that cannot be decoded, or a disk with too little room.
+        OSError: of writing.
+    """
+    paths, row = decoded.paths, 3 * decoded.side**2
+    pixels_end = len(paths) * row
+    sizes = np.zeros((len(paths), 2), np.int32)
+    if path.exists() and path.stat().st_size == pixels_end + sizes.nbytes:
+        sizes = np.fromfile(path, np.int32, offset=pixels_end).reshape(-1, 2)
+    missing = np.flatnonzero(sizes[:, 0] == 0).tolist()
+    needed, free = len(missing) * row, shutil.disk_usage(path.parent).free
+    done = len(paths) - len(missing)
+    there = f"; {done} are there" if done else ""
+    print(
+        f"=> decoding {len(paths)} images into {path.with_suffix('.uint8')}, once "
+        f"({_amount(needed)} of {_amount(free)} that are free{there})",
+        flush=True,
+    )
+    if needed > free:
+        raise UserError(f"{path.parent} has no room for {_amount(needed)} of decoded images")
+    bad: list[str] = []
+    rest = _Decoded([paths[i] for i in missing], decoded.side, decoded.scaled)
+    path.touch()
+    with path.open("r+b") as file:
+        file.truncate(pixels_end + sizes.nbytes)
+        first = next_row = 0  # positions in `missing`: those between are written, but not flushed
+
+        def flush() -> None:
+            nonlocal first
+            if first < next_row:
+                file.flush()
+                os.fsync(file.fileno())
+                start, end = missing[first], missing[next_row - 1] + 1
+                file.seek(pixels_end + start * SIZES.itemsize)
+                file.write(sizes[start:end].tobytes())
+                first = next_row
+
+        flushed = time.monotonic()
+        try:
+            for pixels, own in _decode(rest, workers, "decoding", bad, done):
+                for image, size in zip(pixels.numpy(), own.numpy(), strict=True):
+                    index = missing[next_row]
+                    file.seek(index * row)
+                    file.write(image.tobytes())
+                    sizes[index] = size
+                    next_row += 1
+                if time.monotonic() - flushed > FLUSH_EVERY:
+                    flush()
+                    flushed = time.monotonic()
+        finally:
+            flush()
+    if bad:
+        path.unlink()
+        raise _bad_files(bad, len(paths))
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _digest(*identity: object) -> str:
@@ -244,16 +412,17 @@ def _fingerprint(root: Path, paths: Sequence[str], side: int) -> str:
     Copies and reproducible archives may set modification times, but nobody can set the time of a
     file's last change. A read-only image of a file system may have neither: hence the sample.
     """
-    stamps: list[object] = []
+    known = hashlib.sha256(repr((DECODING, side)).encode())
     try:
         for path in paths:
             stat = os.stat(path)  # noqa: PTH116
-            times = stat.st_mtime_ns, stat.st_ctime_ns
-            stamps.append((os.path.relpath(path, root), stat.st_size, *times))
-        stamps += [hashlib.sha256(Path(path).read_bytes()).digest() for path in _sample(paths)]
+            name = path.removeprefix(str(root))
+            known.update(repr((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)).encode())
+        for path in _sample(paths):
+            known.update(hashlib.sha256(Path(path).read_bytes()).digest())
     except OSError:  # a link to nowhere or no permission, which decoding will name
         pass
-    return _digest(DECODING, side, stamps)
+    return known.hexdigest()[:24]
 
 
 def _sample(paths: Sequence[str]) -> Sequence[str]:

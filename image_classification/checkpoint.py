@@ -191,7 +191,7 @@ def settle(
     elif args.origin:
         found = read_spec(args.origin, args.arch, args.stem)._asdict()
         found["image_size"] = args.origin.get("image_size")
-    asked_stem, asked_size = args.stem, args.image_size
+    asked_stem, asked_size, asked_side = args.stem, args.image_size, args.decode_once
     # A run keeps its seed; an evaluation draws nothing.
     fixed = MODEL_SETTINGS if args.evaluate else (*MODEL_SETTINGS, "seed")
     anew = ", or begin anew (--overwrite, or another --output-dir)"
@@ -216,6 +216,12 @@ def settle(
     if is_foreign and asked_size is None:
         args.image_size = None  # the data decides
     if args.evaluate:
+        if asked_side is None and args.decode_once:
+            accelerator.print(
+                "=> evaluated on the images themselves; as in training with "
+                f"--decode-once {args.decode_once}"
+            )
+            args.decode_once = 0
         return changed
     refuse_unequal_parts(args, accelerator)
     if args.sync_bn and args.gradient_accumulation_steps > 1:

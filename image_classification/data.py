@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import get_int_from_env
@@ -28,13 +30,19 @@ from engine.seeds import derive_seed, seed_generators
 from engine.stop import has_temporary_folder, leave_signals_to_parent, start_workers
 from image_classification.augment import (
     Crops,
+    central_crops,
+    crop_each,
+    crop_image,
     draw_crops,
     fast_format,
+    fit_crops,
     normalise,
     resize,
     resized_crop,
+    resized_side,
+    scale_crops,
 )
-from image_classification.cache import decoded_images, deep_modes, open_image, small_side
+from image_classification.cache import decode, decoded_images, deep_modes, open_image, small_side
 from image_classification.folders import Split, find_images
 from image_classification.settings import DEFAULT
 from image_classification.sources import resolve
@@ -50,45 +58,49 @@ class DecodedImages:
         --dummy has 1.3 million samples in the memory of 512.
     targets: class indices, one a sample.
     paths: the images' files.
+    sizes: [n, 2], heights and widths of larger images, of which `images` are scaled copies in
+        channels-last order.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
     paths: list[str]
+    sizes: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
 
 class ImageFiles(Dataset[Any]):
-    """Image files of any size, which workers crop and resize to [3, size, size] uint8.
+    """Image files of any size, which workers crop and resize to [size, size, 3] uint8.
 
-    Training takes the original's RandomResizedCrop and RandomHorizontalFlip, evaluation its
-    Resize and CenterCrop with their ratio of 256 to 224.
+    Their order is that in which images are decoded and convolutions like them (`fast_format`).
+    With a sample's row of `draw_crops`, an image gets the original's RandomResizedCrop and
+    RandomHorizontalFlip; without one, its Resize and CenterCrop with their ratio of 256 to 224.
     """
 
-    def __init__(self, split: Split, size: int, seed: int, train: bool) -> None:
+    def __init__(self, split: Split, size: int) -> None:
         self.paths, self.targets = split.paths, torch.tensor(split.targets)
-        self.size, self.seed, self.train = size, seed, train
+        self.size = size
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
-        epoch, index = key
-        image = open_image(self.paths[index])
-        if self.train:
-            generator = _generator("augmentation", self.seed, epoch, index)
-            crop = draw_crops(1, image.height, image.width, generator)
-            box = [int(field[0]) for field in crop[:4]]
-            image = TF.resized_crop(image, *box, [self.size, self.size], antialias=True)
-            if crop.flip[0]:
-                image = TF.horizontal_flip(image)
-        else:
-            image = TF.resize(image, [round(self.size * 256 / 224)], antialias=True)
-            image = TF.center_crop(image, [self.size, self.size])
-        pixels: torch.Tensor = TF.pil_to_tensor(image)
-        return pixels
+    def __getitem__(self, key: tuple[int, list[float] | None]) -> torch.Tensor:
+        index, drawn = key
+        if drawn is None:  # by PIL: its rounding is the original's
+            image = TF.resize(open_image(self.paths[index]), [resized_side(self.size)])
+            return torch.from_numpy(np.array(TF.center_crop(image, [self.size, self.size])))
+        pixels = decode(self.paths[index])
+        crop = fit_crops(torch.tensor([drawn]), *pixels.shape[:2])
+        box = [int(field) for field in crop[:4]]
+        return crop_image(pixels, box, bool(crop.flip), self.size)
+
+
+def _keys(drawn: torch.Tensor | None, rows: torch.Tensor) -> list[tuple[int, list[float] | None]]:
+    """What `ImageFiles` takes, for each sample of a step."""
+    crops = [None] * len(rows) if drawn is None else drawn[rows].tolist()
+    return list(zip(rows.tolist(), crops, strict=True))
 
 
 def _generator(*parts: int | str) -> torch.Generator:
@@ -102,22 +114,26 @@ class ImageData(NamedTuple):
     train: DecodedImages | ImageFiles
     val: DecodedImages | ImageFiles
     notes: Sequence[str] = ()  # lines on what its owner may not expect
+    decode_once: int = 0  # side of the copies that stand for larger images
 
     @property
     def whole_side(self) -> int | None:
         """Side of the images, where validation sees them whole; None for larger ones."""
-        return None if isinstance(self.val, ImageFiles) else self.val.images.shape[-1]
+        if isinstance(self.val, ImageFiles) or self.val.sizes is not None:
+            return None
+        return self.val.images.shape[-1]
 
 
 def load_dataset(
-    name: str, image_size: int | None, seed: int, workers: int, download: bool
+    name: str, image_size: int | None, workers: int, download: bool, decode_once: int = 0
 ) -> ImageData:
     """Find or make the dataset that the argument DIR names; small images are decoded once.
 
     Args:
         image_size: None for weights that do not say what they were trained at: the original's
             size, unless the images are small.
-        workers: processes that decode small images, at most one a CPU.
+        workers: processes that decode in here, at most one a CPU.
+        decode_once: pixels a side, to which images that are no small squares are decoded, once.
 
     Raises:
         UserError: see `resolve`, `find_images` and `decoded_images`.
@@ -134,34 +150,36 @@ def load_dataset(
     side = sides.pop() if len(sides) == 1 else None
     if image_size is None:
         image_size = ORIGINAL_SIZE if side is None else DEFAULT.image_size
-    if side is None:
-        train_files = ImageFiles(train, image_size, seed, train=True)
-        val_files = ImageFiles(val, image_size, seed, train=False)
+    if side is None and not decode_once:
+        train_files, val_files = ImageFiles(train, image_size), ImageFiles(val, image_size)
         return ImageData(root, classes, image_size, train_files, val_files, notes)
-    paths = train.paths + val.paths
-    images = decoded_images(root, paths, side, min(workers, os.cpu_count() or 1))
-    first, rest = images.split([len(train.paths), len(val.paths)])
-    return ImageData(
-        root,
-        classes,
-        image_size,
-        DecodedImages(first, torch.tensor(train.targets), train.paths),
-        DecodedImages(rest, torch.tensor(val.targets), val.paths),
-        notes,
+    paths, processes = train.paths + val.paths, min(workers, os.cpu_count() or 1)
+    images, sizes = decoded_images(root, paths, side or decode_once, processes, side is None)
+    parts = [len(train.paths), len(val.paths)]
+    train_images, val_images = (
+        DecodedImages(pixels, torch.tensor(targets), files, own if side is None else None)
+        for pixels, own, (files, targets) in zip(
+            images.split(parts), sizes.split(parts), (train, val), strict=True
+        )
     )
+    decode_once = decode_once if side is None else 0
+    return ImageData(root, classes, image_size, train_images, val_images, notes, decode_once)
 
 
 def find_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
     """The dataset of a command's flags, found, made or decoded by each node's first process.
 
-    Settles `args.image_size` where the weights do not say it.
+    Settles `args.image_size` where the weights do not say it, and `args.decode_once` where the
+    images have no need of it.
     """
     if args.dummy:
         accelerator.print("=> Dummy data is used!")
-        args.image_size = args.image_size or ORIGINAL_SIZE
+        args.image_size, args.decode_once = args.image_size or ORIGINAL_SIZE, 0
         return dummy_dataset(args.image_size)
     with accelerator.local_main_process_first():
-        data = load_dataset(args.data, args.image_size, args.seed, args.workers, args.download)
+        data = load_dataset(
+            args.data, args.image_size, args.workers, args.download, args.decode_once
+        )
     if args.image_size is None:
         args.image_size = data.image_size
         accelerator.print(
@@ -169,6 +187,16 @@ def find_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
             "as is usual for images like these; --image-size chooses another"
         )
     how = "decoded by workers" if isinstance(data.train, ImageFiles) else "decoded in memory"
+    if data.decode_once:
+        how += f" as {args.decode_once} x {args.decode_once}"
+    elif args.decode_once:
+        accelerator.print("=> small squares are always decoded once: --decode-once has no effect")
+    if 0 < data.decode_once < data.image_size:
+        accelerator.print(
+            f"=> --decode-once {args.decode_once} is less than --image-size {data.image_size}: "
+            "even whole images are enlarged"
+        )
+    args.decode_once = data.decode_once
     accelerator.print(
         f"=> {data.root}: {len(data.train)} training and {len(data.val)} "
         f"validation images of {len(data.classes)} classes, {how}",
@@ -219,8 +247,9 @@ def identity(
     names: list[object] = [path.removeprefix(root) for path in images.paths]
     if seen_at is not None:
         names += [os.path.getsize(path) for path in images.paths]  # noqa: PTH202
-    parts = (names, images.targets.tolist(), data.classes, seen_at)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+    parts = [names, images.targets.tolist(), data.classes, seen_at]
+    parts += [data.decode_once] * (data.decode_once > 0)
+    return hashlib.sha256(repr(tuple(parts)).encode()).hexdigest()[:24]
 
 
 def dummy_dataset(image_size: int) -> ImageData:
@@ -359,31 +388,36 @@ class ImageLoader:
 
     def _pixels(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """[b, 3, size, size], float32 from 0 to 255, of the samples of each step."""
+        drawn = None
+        if self.train:
+            # The whole epoch's crops in one draw: a generator for each sample is slow.
+            generator = _generator("augmentation", self.seed, epoch)
+            drawn = draw_crops(len(self.targets), generator)
         if isinstance(self.images, ImageFiles):
             # Workers live for an epoch: training's are gone when validation starts its own.
             loader = DataLoader(
                 self.images,
-                batch_sampler=[[(epoch, i) for i in rows.tolist()] for rows in steps],
+                batch_sampler=map(functools.partial(_keys, drawn), steps),
                 num_workers=self.workers,
                 worker_init_fn=leave_signals_to_parent,
                 pin_memory=self.pins,
             )
             for pixels in start_workers(loader):
-                yield pixels.to(self.device, non_blocking=self.pins).float()
+                here = pixels.to(self.device, non_blocking=self.pins)
+                yield here.permute(0, 3, 1, 2).float()
             return
         images = self.images.images
         is_here = images.device.type == self.device.type
         places = torch.arange(len(self.targets)) % len(images)
         own_places = self._spread(places, steps) if is_here else [places[rows] for rows in steps]
         own_crops: Iterable[Crops | None] = [None] * len(steps)
-        if self.train:
-            # The whole epoch's crops in one draw: a generator for each sample is slow.
-            generator = _generator("augmentation", self.seed, epoch)
-            side = images.shape[-1]
-            crops = draw_crops(len(self.targets), side, side, generator)
-            fields = [self._spread(field, steps) for field in crops]
-            own_crops = map(Crops, *fields)
+        crops = self._crops(self.images, drawn, torch.cat(steps))
+        if crops is not None:
+            own_crops = map(Crops, *(self._split(field, steps) for field in crops))
         for rows, crop in zip(own_places, own_crops, strict=True):
+            if crop is not None and self.images.sizes is not None and self.device.type == "cpu":
+                yield crop_each(images, rows, crop, self.image_size)
+                continue
             pixels = images[rows]
             if not is_here:
                 pixels = pixels.pin_memory() if self.pins else pixels
@@ -393,6 +427,24 @@ class ImageLoader:
                 if crop is None
                 else resized_crop(pixels, crop, self.image_size)
             )
+
+    def _crops(
+        self, decoded: DecodedImages, drawn: torch.Tensor | None, rows: torch.Tensor
+    ) -> Crops | None:
+        """The regions of `rows` that are to be seen, in pixels of `decoded.images`; None for all.
+
+        Args:
+            drawn: see `draw_crops`; None for validation.
+        """
+        side = decoded.images.shape[-1]
+        if decoded.sizes is None:
+            return None if drawn is None else fit_crops(drawn[rows], side, side)
+        height, width = decoded.sizes[rows].T
+        if drawn is None:
+            crops = central_crops(height, width, self.image_size)
+        else:
+            crops = fit_crops(drawn[rows], height, width)
+        return scale_crops(crops, height, width, side)
 
     def _slice(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """This process's samples of a global batch, padded so that all parts are equally long.

@@ -17,7 +17,7 @@ MODEL_SETTINGS = ("arch", "stem")
 SETTINGS = (
     *(*MODEL_SETTINGS, "image_size", "epochs", "batch_size", "lr", "momentum", "weight_decay"),
     *("lr_schedule", "warmup_epochs", "label_smoothing", "cutmix", "mixup", "sync_bn", "seed"),
-    "gradient_accumulation_steps",
+    *("gradient_accumulation_steps", "decode_once"),
 )
 
 

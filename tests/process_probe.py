@@ -50,7 +50,7 @@ def same() -> None:
     accelerator = build_accelerator()
     for path in sys.argv[2:]:
         with accelerator.local_main_process_first():
-            found = load_dataset(path, 32, seed=5, workers=1, download=False)
+            found = load_dataset(path, 32, workers=1, download=False)
         options: dict[str, Any] = {"batch_size": 12, "image_size": 32, "seed": 5, "workers": 1}
         loader = ImageLoader(accelerator, found.train, train=True, **options)
         # Whole, and as a run resumed after its first step has it.

@@ -16,7 +16,7 @@ FLAGS = {
     "lm_throughput.py": "--model CNN --only training --precision bf16 --words 50 --emsize 8 "
     "--nhid 8 --steps 2",
     "resnet_throughput.py": "--data images --image-size 32 --stem stock -b 4 --steps 1 "
-    "--precision no --only training loading",
+    "--precision no --only training loading --decode-once 40",
     "generate_latency.py": "--model CNN --words 50 --emsize 8 --nhid 8 --lengths 3 40",
 }
 
@@ -28,7 +28,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     Run side by side: their time is that of importing torch in many processes.
     """
     folder = tmp_path_factory.mktemp("benchmarks")
-    make_dataset(folder / "images", val=4)
+    make_dataset(folder / "images", "plain", val=4, side=160)
     running = {}
     for script, flags in FLAGS.items():
         command = [sys.executable, str(KIT / "benchmarks" / script), *flags.split()]
@@ -70,6 +70,7 @@ def test_image_classifiers(reports: Reports) -> None:
         ("training", "floor float32"),
         ("loading", "PIL workers"),
         ("loading", "kit"),
+        ("loading", "kit, --decode-once"),
         ("loading", "kit, building its cache"),
     ]
     assert rows[0]["ratio"] == 1

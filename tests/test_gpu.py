@@ -100,6 +100,7 @@ def kill_and_resume(
         (BF16, 64, ("--compile",)),
         (BF16, 160, ("-j", 2)),  # decoded by workers
         (BF16, 160, ("-j", 2, "--compile")),
+        (BF16, 160, ("--decode-once", 80, "--compile")),
         (BF16, 64, ("--gradient-accumulation-steps", 2, "--compile")),
         (FP16, 64, ()),
         (FP16, 64, ("--compile",)),
@@ -255,16 +256,21 @@ def test_an_evaluation_gives_the_figures_of_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_images_on_the_gpu_are_those_in_memory(train: bool) -> None:
+@pytest.mark.parametrize("scaled", [True, False])
+def test_images_on_the_gpu_are_those_in_memory(scaled: bool, train: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (300, 3, 64, 64), dtype=torch.uint8, generator=generator)
     targets = torch.randint(9, (300,), generator=generator)
+    sizes = None
+    if scaled:
+        sizes = torch.randint(50, 500, (300, 2), generator=generator, dtype=torch.int32)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
     options: dict[str, Any] = {"batch_size": 64, "image_size": 64, "seed": 3, "workers": 0}
     batches = [
         list(ImageLoader(build_accelerator(), images, train=train, **options).epoch(1))
         for images in (
-            DecodedImages(pixels, targets, []),
-            DecodedImages(pixels.cuda(), targets, []),
+            DecodedImages(pixels, targets, [], sizes),
+            DecodedImages(pixels.cuda(), targets, [], sizes),
         )
     ]
     assert len(batches[0]) == len(batches[1]) == 5

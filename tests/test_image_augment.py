@@ -8,10 +8,15 @@ from torchvision.transforms.v2 import functional as TF
 from image_classification import augment as image_augment
 
 
+def crops_of(n: int, height: int, width: int, seed: int) -> image_augment.Crops:
+    drawn = image_augment.draw_crops(n, torch.Generator().manual_seed(seed))
+    return image_augment.fit_crops(drawn, height, width)
+
+
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 100), (400, 30)])
 def test_crops_follow_the_distribution_of_torchvision(height: int, width: int) -> None:
     n = 4000
-    crops = image_augment.draw_crops(n, height, width, torch.Generator().manual_seed(1))
+    crops = crops_of(n, height, width, seed=1)
     ours = torch.stack([field.float() for field in crops[:4]], dim=1)
     torch.manual_seed(2)
     shape = torch.empty(3, height, width)
@@ -32,7 +37,7 @@ def test_crops_follow_the_distribution_of_torchvision(height: int, width: int) -
 
 def test_enlarged_crops_equal_torchvisions() -> None:
     images = torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8)
-    crops = image_augment.draw_crops(64, 64, 64, torch.Generator().manual_seed(3))
+    crops = crops_of(64, 64, 64, seed=3)
     result = image_augment.resized_crop(images, crops, 96)
     for i, image in enumerate(images):
         box = [int(field[i]) for field in crops[:4]]
@@ -44,7 +49,7 @@ def test_enlarged_crops_equal_torchvisions() -> None:
 def test_shrunk_crops_come_close_to_torchvisions_antialiasing() -> None:
     coarse = torch.rand(32, 3, 16, 16) * 255
     images = torch.nn.functional.interpolate(coarse, 64, mode="bilinear").to(torch.uint8)
-    crops = image_augment.draw_crops(32, 64, 64, torch.Generator().manual_seed(3))
+    crops = crops_of(32, 64, 64, seed=3)
     result = image_augment.resized_crop(images, crops, 24)
     for i, image in enumerate(images):
         box = [int(field[i]) for field in crops[:4]]

@@ -30,7 +30,7 @@ from image_classification.settings import TINY_IMAGENET
 
 
 def load(root: Path, size: int = 32) -> image_data.ImageData:
-    return image_data.load_dataset(str(root), size, seed=5, workers=0, download=False)
+    return image_data.load_dataset(str(root), size, workers=0, download=False)
 
 
 def loader(
@@ -67,7 +67,7 @@ def test_real_tiny_imagenet(tmp_path: Path) -> None:
     if not archive.exists():
         pytest.skip(f"needs {archive}")
     files.unpack(archive, "tiny-imagenet-200", tmp_path / "data")
-    data = image_data.load_dataset(str(tmp_path / "data"), 64, seed=1, workers=2, download=False)
+    data = image_data.load_dataset(str(tmp_path / "data"), 64, workers=2, download=False)
     assert data.classes[:2] == ["n01443537", "n01629819"]
     assert (len(data.train), len(data.val)) == (10_000, 1_000)
     assert data.val.targets.bincount().tolist() == [50] * 20
@@ -278,9 +278,7 @@ def test_large_images_go_through_the_originals_transforms(tmp_path: Path) -> Non
     assert isinstance(data.val, image_data.ImageFiles)
     original = v2.Compose([v2.Resize(64), v2.CenterCrop(56), v2.PILToTensor()])
     expected = original(Image.open(data.val.paths[4]).convert("RGB"))
-    assert torch.equal(data.val[0, 4], expected)
-    assert torch.equal(data.train[2, 4], data.train[2, 4])
-    assert not torch.equal(data.train[2, 4], data.train[3, 4])
+    assert torch.equal(data.val[4, None].permute(2, 0, 1), expected)
     Path(data.train.paths[0]).unlink()
     with pytest.raises(BadImageError):
         list(loader(data.train, image_size=56, workers=1).epoch(0))
@@ -361,7 +359,7 @@ def test_the_sample_is_drawn_alike_everywhere(tmp_path: Path) -> None:
         image_sources.draw_sample(tmp_path / name)
     trees = [sorted(p for p in (tmp_path / n).rglob("*") if p.is_file()) for n in ("a", "b")]
     assert [p.read_bytes() for p in trees[0]] == [p.read_bytes() for p in trees[1]]
-    data = image_data.load_dataset(str(tmp_path / "a"), 64, seed=1, workers=2, download=False)
+    data = image_data.load_dataset(str(tmp_path / "a"), 64, workers=2, download=False)
     assert (len(data.classes), len(data.train), len(data.val)) == (10, 2500, 500)
     assert data.val.targets.bincount().tolist() == [50] * 10
 
@@ -554,3 +552,23 @@ def test_numbered_classes_in_another_order_than_their_numbers(
         (tmp_path / part / name / "x.png").touch()
     expected = [f"=> {tmp_path}: classes are sorted as text: {line}"] if line else []
     assert find_images(tmp_path).notes == expected
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_jpegs_have_the_pixels_that_pil_has(mode: str, subsampling: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    picture = image("a", 160, mode).resize((157, 91))
+    picture.save(
+        path,
+        subsampling=subsampling,
+        exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0",
+    )
+    with Image.open(path) as saved:
+        assert saved.getexif()[0x112] == 6  # turned by 90 degrees, which the original ignores
+    expected = np.asarray(open_image(str(path)))
+    assert cache.decode(str(path)).tolist() == expected.tolist()
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(BadImageError) as refusal:
+        cache.decode(str(path))
+    assert cache.describe(refusal.value) == "truncated"

@@ -154,7 +154,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     ids=lambda flags: "+".join(flags),
 )
 def test_a_run_follows_a_plain_loop(flags: dict[str, Any], tmp_path: Path) -> None:
-    data = load_dataset(str(make_dataset(tmp_path / "set", train=9)), SIDE, SEED, 0, False)
+    data = load_dataset(str(make_dataset(tmp_path / "set", train=9)), SIDE, 0, False)
     plain = train_plainly(data, flags)
     given: list[object] = []
     for name, value in flags.items():
@@ -190,7 +190,7 @@ def test_every_sample_has_another_crop_in_every_epoch(side: int, tmp_path: Path)
         pixels = TF.pil_to_tensor(image("one", side))[None]
         samples = DecodedImages(pixels, torch.zeros(count, dtype=torch.int64), [])
     else:
-        samples = ImageFiles(Split([path] * count, [0] * count), SIDE, SEED, train=True)
+        samples = ImageFiles(Split([path] * count, [0] * count), SIDE)
     loader = batches(samples)
     crops = [crop for e in range(epochs) for batch in loader.epoch(e) for crop in batch.images]
     assert len({crop.numpy().tobytes() for crop in crops}) == len(crops) == epochs * count

@@ -208,13 +208,15 @@ def test_four_processes_train_on_the_samples_of_one_and_reach_its_weights(tmp_pa
 def test_four_processes_killed_and_resumed_end_with_the_bits_of_undisturbed_ones(
     tmp_path: Path,
 ) -> None:
-    make_dataset(tmp_path / "set", train=9)
-    flags = ["set", *FAST, "--epochs", 2, "--seed", 1, "--cutmix", 1, "--mixup", 0.2]
+    """Of large images that are decoded once, by the first process."""
+    make_dataset(tmp_path / "set", train=9, side=160)
+    once = ("--decode-once", 48)
+    flags = ["set", *FAST, *once, "--epochs", 2, "--seed", 1, "--cutmix", 1, "--mixup", 0.2]
     whole = launch("cpu4.yaml", "resnet_main.py", *flags, "--output-dir", "whole", cwd=tmp_path)
     assert whole.code == 0, whole
     assert "find_unused_parameters" not in whole.err
     assert len(SUMMARY.findall(whole.out)) == 2
-    assert whole.out.count("=> creating model") == 1
+    assert whole.out.count("=> creating model") == whole.out.count("=> decoding") == 1
     flags += ["--output-dir", "killed", "--checkpoint-every", 3]
     killed = (KIT / "tests" / "process_probe.py", "kill", "resnet_main.py", 1, 3)
     assert launch("cpu4.yaml", *killed, *flags, cwd=tmp_path, env=PROBE).code != 0
@@ -222,7 +224,7 @@ def test_four_processes_killed_and_resumed_end_with_the_bits_of_undisturbed_ones
     second = launch("cpu4.yaml", "resnet_main.py", *flags, *resume, cwd=tmp_path)
     assert "(epoch 1, step 3)" in second.out
     same_bits(tmp_path / "whole" / "checkpoint.pth", tmp_path / "killed" / "checkpoint.pth")
-    evaluate = ("set", "-e", "--resume", "whole/checkpoint.pth", "-b", 8)
+    evaluate = ("set", "-e", "--resume", "whole/checkpoint.pth", "-b", 8, *once)
     alone = run("resnet_main.py", *evaluate, cwd=tmp_path)
     assert SUMMARY.findall(alone.out) == SUMMARY.findall(whole.out)[-1:]
 

@@ -31,7 +31,7 @@ IMAGES = {
     **{"arch": "resnet34", "stem": "stock", "image_size": 32, "epochs": 3, "batch_size": 8},
     **{"lr": 0.02, "momentum": 0.8, "weight_decay": 1e-3, "lr_schedule": "cosine"},
     **{"warmup_epochs": 1, "label_smoothing": 0.1, "cutmix": 1.0, "mixup": 0.2},
-    **{"sync_bn": True, "seed": 7},
+    **{"sync_bn": True, "seed": 7, "decode_once": 40},
     "gradient_accumulation_steps": 1,  # more do not go together with sync_bn
 }
 WORDS = {
@@ -118,7 +118,7 @@ def test_these_are_all_settings() -> None:
 
 def test_an_image_classifiers_settings_come_back(tmp_path: Path) -> None:
     """Killed within an epoch and resumed without a flag, it ends with an undisturbed run's bits."""
-    make_dataset(tmp_path / "set")
+    make_dataset(tmp_path / "set", side=160)
     every = ("set", "-j", 1, "--checkpoint-every", 2, "--output-dir")
     whole = run("resnet_main.py", *every, "whole", *flags_of(IMAGES), cwd=tmp_path)
     assert whole.code == 0, whole
