@@ -1,0 +1,357 @@
+"""What figures say, in sentences: plain functions, each of a few numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from engine.curves import Curve
+from engine.intervals import wilson
+from report.figures import Curves, last
+
+RISE = 0.01  # of its least, by which a validation loss rises before that is called over-fitting
+GAP = 0.05  # of the training loss, by which the validation loss lies above it, likewise
+LEVEL = 0.01  # of the perplexity: an epoch that gains less no longer gets better
+MATCHED = 0.05  # models whose parameters differ by less are of the same size
+COINCIDE = 0.25  # of the distance of two seeds: curves that are nearer coincide
+# Student's t by degrees of freedom: 95 % lie within.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 12: 2.179}
+
+
+def listed(parts: Sequence[str]) -> str:
+    *most, end = parts
+    return f"{', '.join(most)} and {end}" if most else end
+
+
+def spread(values: Sequence[float], decimals: int) -> str:
+    """The mean, and the range of several."""
+    mean = f"{statistics.fmean(values):.{decimals}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{decimals}f} to {max(values):.{decimals}f})"
+
+
+def short(loss: float) -> str:
+    return f"{loss:.3f}" if abs(loss) < 1000 else f"{loss:.3g}"
+
+
+def points(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"  # never -0.0
+
+
+def seeds_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the difference of two means, by Student's t; None for one seed each."""
+    free = len(ours) + len(theirs) - 2
+    if not free:
+        return None
+    groups = [[value - statistics.fmean(group) for value in group] for group in (ours, theirs)]
+    variance = sum(value**2 for group in groups for value in group) / free
+    error = math.sqrt(variance * (1 / len(ours) + 1 / len(theirs)))
+    half = error * STUDENT[max(n for n in STUDENT if n <= free)]
+    difference = statistics.fmean(ours) - statistics.fmean(theirs)
+    return difference - half, difference + half
+
+
+def exceeds(gap: float, interval: tuple[float, float], chance: float | None) -> bool:
+    """Whether a gap is outside of both its interval and what another seed makes, if known."""
+    low, high = interval
+    return not low <= 0 <= high and (chance is None or abs(gap) > chance)
+
+
+def image_gap(
+    title: str, other: str, gap: float, interval: tuple[float, float], chance: float | None
+) -> str:
+    """Of trainings of one seed.
+
+    Args:
+        gap: points of Acc@1, of `title` less `other`.
+        interval: of the gap, from the images.
+        chance: points between two seeds of `other`; None if there is one.
+    """
+    low, high = interval
+    said = (
+        f"{title}: {points(gap)} points of Acc@1 against {other} (95 % interval {points(low)} to "
+        f"{points(high)}), "
+    )
+    if low <= 0 <= high:
+        return said + "which these images cannot tell from none."
+    if chance is None:
+        return said + "more than the images explain; what another seed makes was not measured."
+    if exceeds(gap, interval, chance):
+        return said + f"more than the images explain, and than another seed makes ({chance:.1f})."
+    return said + f"more than the images explain, but another seed makes as much ({chance:.1f})."
+
+
+def seeds_gap(title: str, other: str, gap: float, interval: tuple[float, float], count: int) -> str:
+    """Of trainings of `count` seeds each, whose spread gives the interval."""
+    low, high = interval
+    verdict = "no more than other seeds make" if low <= 0 <= high else "more than other seeds make"
+    return (
+        f"{title}: {points(gap)} points of Acc@1 against {other} in the mean of {count} seeds "
+        f"(95 % interval {points(low)} to {points(high)} by their spread), {verdict}."
+    )
+
+
+def accuracy(beyond: Mapping[str, float], within: Mapping[str, float], other: str) -> str:
+    """The conclusion on Acc@1: gaps in points to `other` that are beyond chance, and the others."""
+    if not beyond and not within:
+        return f"**Accuracy:** nothing was trained that could be compared with {other}."
+    if not beyond:
+        largest = max(within, key=lambda title: abs(within[title]))
+        if not within[largest]:
+            return f"**Accuracy:** {listed([*within])} end at the Acc@1 of {other}."
+        return (
+            f"**Accuracy:** no training differs from {other} by more than chance; the largest gap "
+            f"is {points(within[largest])} points of Acc@1, of {largest}."
+        )
+    shown = listed([f"{title} ({points(gap)})" for title, gap in beyond.items()])
+    rest = listed([f"{title} ({points(gap)})" for title, gap in within.items()] or ["none"])
+    return (
+        f"**Accuracy:** further from {other} than by chance, in points of Acc@1: {shown}. "
+        f"Not further: {rest}."
+    )
+
+
+def two_seeds(gap: float, interval: tuple[float, float]) -> str:
+    """The control: points of Acc@1 between two seeds of the same training."""
+    low, high = interval
+    return (
+        f"The control, the same training of another seed: {points(gap)} points (95 % interval "
+        f"{points(low)} to {points(high)} from the images). One control is little: --seeds 1 2 3 "
+        "repeats every training."
+    )
+
+
+def cause(processes: float, parts: float, parts_exceed: bool) -> str:
+    """Why four processes differ in Acc@1, if they do: both gaps are against one process."""
+    if parts_exceed and processes * parts > 0:
+        return (
+            f"One process that computes each batch in four parts differs alike ({points(parts)} "
+            f"points for {points(processes)}): the cause is what both do, batch normalisation by a "
+            "quarter of a batch, and not the number of processes."
+        )
+    return (
+        f"One process that computes each batch in four parts does not differ so ({points(parts)} "
+        f"points for {points(processes)}), although both compute the same to rounding: trust "
+        "neither gap before more seeds say the same."
+    )
+
+
+def is_near(distance: float, seeds: float | None, level: float) -> bool:
+    """Whether curves this far from each other coincide: see `coincidence`."""
+    return distance <= (COINCIDE * seeds if seeds is not None else 0.01 * level)
+
+
+def coincidence(
+    one: str, other: str, distances: Sequence[float], seeds: float | None, level: float
+) -> str:
+    """Whether two validation curves are the same.
+
+    Args:
+        distances: between their losses after each epoch.
+        seeds: the largest distance between two seeds; None if there is one.
+        level: the last loss; where no seeds are known, 1 % of it counts as near.
+    """
+    first, most = distances[0], max(distances)
+    scale = f" (two seeds: {short(seeds)})" if seeds is not None else ""
+    if most == 0:
+        return f"The curves of {one} and {other} are the same to the last digit."
+    if is_near(most, seeds, level):
+        return (
+            f"The curves of {one} and {other} coincide: their validation losses are never more "
+            f"than {most:.2g} apart{scale}."
+        )
+    if is_near(first, seeds, level):
+        return (
+            f"The curves of {one} and {other} begin together ({first:.2g} apart after the first "
+            f"epoch) and are up to {short(most)} apart later{scale}: each step makes a "
+            "difference in rounding larger."
+        )
+    return f"The curves of {one} and {other} are up to {short(most)} apart{scale}."
+
+
+def disagreement(title: str, other: str, share: float, seeds: float | None, count: int) -> str:
+    """Whether two kinds of training disagree more than two seeds of one: shares of `count`."""
+    said = f"{title} and {other} disagree on {100 * share:.1f} % of the images"
+    if seeds is None:
+        return f"{said}; how often two seeds do was not measured."
+    said += f", two seeds on {100 * seeds:.1f} %: "
+    if is_more(share, seeds, count):
+        return said + "more than two seeds do."
+    if is_more(seeds, share, count):
+        return said + "fewer than two seeds do."
+    if share <= seeds:
+        return said + "no more than two seeds do."
+    return said + f"more by less than {count} images can tell."
+
+
+def disagreements(shares: Mapping[str, float], other: str, seeds: float | None, count: int) -> str:
+    """The conclusion on how often trainings disagree with `other`, beside two seeds of it."""
+    shown = listed([f"{title} on {100 * share:.1f} %" for title, share in shares.items()])
+    said = f"**Disagreements:** with {other} disagree {shown} of the images"
+    if seeds is None:
+        return f"{said}; how often two seeds do was not measured."
+    line = f"{said}, two seeds on {100 * seeds:.1f} %: "
+    more = [title for title, share in shares.items() if is_more(share, seeds, count)]
+    return line + (f"{listed(more)} by more than chance." if more else "none by more than chance.")
+
+
+def is_more(share: float, seeds: float, count: int) -> bool:
+    """Whether the 95 % interval of a share of `count` images lies above that of two seeds."""
+    return wilson(round(share * count), count)[0] > wilson(round(seeds * count), count)[1]
+
+
+def fit(curves: Curves) -> str:
+    """How a training's losses end, as a word: see `over_fitting`."""
+    train, val = curves["Loss/train"], curves["Loss/val"]
+    least, begin, end = min(val, key=lambda epoch: val[epoch]), min(val), max(val)
+    gap = val[end] - train[end]
+    if not math.isfinite(gap):
+        return "diverged"
+    if val[end] > (1 + RISE) * val[least] and train[end] < train[least]:
+        return "over-fits"
+    if gap > GAP * train[end]:
+        return "begins to over-fit" if gap > val[begin] - train[begin] else "unclear"
+    return "fits"
+
+
+def over_fitting(trainings: Mapping[str, Curves]) -> list[str]:
+    """Whose validation loss rises while the training loss falls, or is left behind by it."""
+    found = []
+    for name, curves in trainings.items():
+        train, val = curves["Loss/train"], curves["Loss/val"]
+        least, begin, end = min(val, key=lambda epoch: val[epoch]), min(val), max(val)
+        gap, gap_before = val[end] - train[end], val[begin] - train[begin]
+        ends = f"training loss ends at {short(train[end])} and its validation loss at "
+        ends += f"{short(val[end])}, a gap of {short(gap)}"
+        said = {
+            "diverged": f"{name} has **diverged**: its losses are not finite.",
+            "over-fits": f"{name} **over-fits** after epoch {least}: its validation loss rises "
+            f"from {short(val[least])} to {short(val[end])} while its training loss falls from "
+            f"{short(train[least])} to {short(train[end])}.",
+            "begins to over-fit": f"{name} **begins to over-fit**: its {ends} that was "
+            f"{short(gap_before)} after the first epoch."
+            + " Its validation loss is still at its least."
+            * (least == end),
+            "unclear": f"{name}: its {ends} that has not grown since the first epoch, which is no "
+            "sign of over-fitting.",
+        }
+        if begin == end:
+            said["unclear"] = f"{name}: its {ends} after one epoch. Whether it grows is not known."
+        found.append(said.get(fit(curves), ""))
+    return [*filter(None, found)] or [
+        f"No sign of over-fitting: no validation loss rises by over {100 * RISE:.0f} % from its "
+        f"least while the training loss falls, and none ends over {100 * GAP:.0f} % above it."
+    ]
+
+
+def fitting(trainings: Mapping[str, Curves]) -> str:
+    """The conclusion on over-fitting."""
+    verdicts = {name: fit(curves) for name, curves in trainings.items()}
+    shown = [f"{name} {said}" for name, said in verdicts.items() if "over" in said or "div" in said]
+    if shown:
+        return f"**Over-fitting:** {listed(shown)}."
+    return f"**Over-fitting:** no sign of it in {listed([*trainings])}."
+
+
+def sizes(parameters: Mapping[str, int]) -> str:
+    """Whether models compete at the same size."""
+    least, most = min(parameters.values()), max(parameters.values())
+    apart = most / least - 1
+    if apart <= MATCHED:
+        return f"Their parameters are matched: they differ by {100 * apart:.1f} % at most."
+    return (
+        f"Their parameters differ by up to {100 * apart:.0f} %, so a part of their order may be "
+        "their size."
+    )
+
+
+def ranking(perplexities: Mapping[str, Sequence[float]]) -> str:
+    """The order of language models by their test perplexities, one of each seed."""
+    order = sorted(perplexities, key=lambda name: statistics.fmean(perplexities[name]))
+    said = f"Test perplexity: {listed([f'{n} {spread(perplexities[n], 1)}' for n in order])}"
+    if len(order) == 1:
+        return f"{said}."
+    if any(len(values) == 1 for values in perplexities.values()):
+        return f"{said}, of one seed: what another seed would change is not known."
+    unclear = [
+        f"{better} and {worse}"
+        for better, worse in itertools.pairwise(order)
+        if max(perplexities[better]) >= min(perplexities[worse])
+    ]
+    if unclear:
+        return f"{said}. The seeds of {listed(unclear)} overlap, so their order may be chance."
+    return f"{said}. No two models' seeds overlap, so this order is not chance of the seed."
+
+
+def improving(curves: Mapping[str, Curve]) -> str:
+    """Whether validation has stopped getting better: perplexities by epoch."""
+    gains = {}
+    for name, curve in curves.items():
+        before = [value for epoch, value in curve.items() if epoch < max(curve)]
+        if not before:
+            return "After one epoch it is not known where validation stops getting better."
+        gains[name] = 1 - last(curve) / min(before)
+    still = [f"{name} ({100 * g:.1f} %)" for name, g in gains.items() if g > LEVEL]
+    if still:
+        return (
+            f"The last epoch still lowers the validation perplexity of {listed(still)}: with more "
+            "epochs the order may change."
+        )
+    return (
+        f"Validation has stopped getting better: the last epoch lowers no perplexity by over "
+        f"{100 * LEVEL:.0f} %."
+    )
+
+
+def architecture(kind: str, layers: int, window: int, kernel: int) -> list[str]:
+    """What a kind of model can do with the past: how far, in how many steps, with what weights.
+
+    Args:
+        window: words of a segment.
+        kernel: words that a layer of a CNN sees.
+    """
+    if kind == "Transformer":
+        return [f"the {window} words of its window", "1", "from the content (attention)"]
+    if kind == "CNN":
+        field = 1 + layers * (kernel - 1)
+        return [f"{field} words", f"1 to {layers}", "fixed, a gate from the content"]
+    return ["no limit", "the word's distance", "fixed, gates from the content"]
+
+
+def context(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """How models differ in what they make of the past, from lm_context.py's figures."""
+    said = []
+    for name, of in found.items():
+        needs, most = int(of["effective context"]), int(of.get("receptive field") or of["most"])
+        gain = of["one"] - of["all"]
+        part = f"the {name} {'gains' if gain >= 0 else 'loses'} {abs(gain):.2f} nats"
+        if needs == 0:
+            part = f"the {name} depends on no word before"
+        elif "receptive field" in of and needs == most:
+            part += f" and needs all {most} words that its layers reach"
+        else:
+            part += f" and needs {needs} of {most}"
+        said.append(part)
+    longest = max(of["effective context"] for of in found.values())
+    far = [name for name, of in found.items() if of["effective context"] == longest]
+    best = min(found, key=lambda name: found[name]["all"])
+    measured = (
+        "Measured, from one word visible to all, and in words to come within 1 % of its loss: "
+        f"{listed(said)}."
+    )
+    if len(found) == 1:
+        return [measured]
+    if len(far) == len(found):
+        return [measured, f"None uses a longer context than another; the {best} predicts best."]
+    reach = f"{listed([f'the {name}' for name in far])} {'use' if len(far) > 1 else 'uses'}"
+    reach = f"{reach[0].upper()}{reach[1:]} the longest context ({longest:.0f} words)"
+    if best in far:
+        return [measured, f"{reach}, and the {best} predicts best."]
+    return [
+        measured,
+        f"{reach}, yet the {best} predicts best: what it makes of the nearest words is worth more "
+        "than the reach.",
+    ]
