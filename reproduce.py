@@ -425,6 +425,8 @@ def add_head(page: Page, args: argparse.Namespace, shaping: Mapping[str, Any]) -
         flag = f"--{name.replace('_', '-')}"
         flags += [flag, *value] if isinstance(value, list) else [f"{flag}={value}"]
     flags += ["--only", *args.only] if args.only != [*SECTIONS] else []
+    if args.output_dir != make_parser().get_default("output_dir"):
+        flags += ["--output-dir", args.output_dir]
     gpus = torch.cuda.device_count()
     page.add(
         "# Report",

@@ -1,14 +1,17 @@
 """What a report says: sentences that their figures flip, and pages of figures made up here."""
 
 import math
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
-from kit import make_dataset
+from kit import KIT, make_dataset
 from PIL import Image
 
 import reproduce
 from engine.curves import Curve, draw_curves, usual_limits
+from image_classification.folders import find_images, readable_names
 from report import figures, sentences
 from report.figures import Answers
 from report.page import Page, figure, folded, quoted, table
@@ -253,6 +256,32 @@ def test_costs_are_said_after_the_second_epoch(
         forecast(said)
     # The first with the start, nine more of a minute, three times.
     assert capsys.readouterr().out == "   3 trainings as fast as this one: 30 minutes\n"
+
+
+def test_the_example_s_data_are_cut_out_as_its_page_says(tmp_path: Path) -> None:
+    """The block of docs/report.md, but for its downloads."""
+    page = (KIT / "docs" / "report.md").read_text()
+    (block,) = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert block.count("python -c") == 2
+    full, part = (tmp_path / "data" / f"tiny-imagenet-{n}" for n in (200, 20))
+    make_dataset(full, classes=22, train=1, val=44)
+    (full / "words.txt").write_text("".join(f"n0000000{c}\tname {c}\n" for c in range(30)))
+    text = tmp_path / "data" / "wikitext-2"
+    text.mkdir()
+    for name in ("test", "valid"):
+        (text / f"{name}.txt").write_text("".join(f"{name} {i}\n" for i in range(3760)))
+    script = "set -e; python() { :; }\n" + block
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True)
+    whole, found = find_images(full), find_images(part)
+    assert found.classes == whole.classes[:20] and len(found.train.paths) == 20
+    assert len(found.val.paths) == 40
+    names = readable_names(part, found.classes)
+    assert names == [f"name {c[8:]}" for c in found.classes]
+    lines = [
+        (text.with_name("wikitext-2-small") / f"{n}.txt").read_text() for n in ("valid", "test")
+    ]
+    assert "".join(lines) == (text / "valid.txt").read_text()
+    assert [len(part.splitlines()) for part in lines] == [1880, 1880]
 
 
 @pytest.fixture
