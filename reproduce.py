@@ -203,7 +203,7 @@ def add_trainings(page: Page, groups: Groups, answers: Answers | None, seeds: in
     add_gaps(page, runs, answers, seeds)
     means = {title: figures.mean_curves(several) for title, several in runs.items()}
     add_coincidences(page, runs)
-    page.add(*sentences.over_fitting(means))
+    page.add("\n".join(f"- {line}" for line in sentences.over_fitting(means)))
     page.conclude(sentences.fitting(means))
 
 
@@ -358,7 +358,7 @@ def add_language_models(page: Page, groups: Groups) -> None:
         )
     )
     means = {model: figures.mean_curves(curves) for model, curves in runs.items()}
-    page.add(*sentences.over_fitting(means))
+    page.add("\n".join(f"- {line}" for line in sentences.over_fitting(means)))
     page.conclude(f"**Language models:** {order}", better)
 
 
@@ -394,29 +394,39 @@ def add_graph(page: Page, name: str) -> None:
 def add_context(page: Page, groups: Groups, text: str) -> None:
     page.add("## 6. How do they differ in capturing context?")
     models = {model: page.folder / f"{first(of).lower()}.pt" for model, of in groups.items()}
+    flags = [*models.values(), "--data", text, "--output-dir", page.pictures]
+    if not page.run({"context": script("lm_context.py", *flags)}):
+        return
+    said = page.steps.output("context", "Loss of ")
+    shown, _, findings = said.partition("\n\n")
+    found = figures.read_contexts(page.pictures / CONTEXT_CSV)
     rows = []
     for model, path in models.items():
         checkpoint = load(path)
         spec, window = read_spec(checkpoint), checkpoint.value("bptt", int) or 35
-        can = sentences.architecture(model, spec.nlayers, window, spec.kernel_size)
-        rows.append([model, *can, figures.cost(restore_model(checkpoint)[0], window).multiply_adds])
-    page.add("What their architectures allow:")
-    head = ["model", "sees", "steps from a word to a prediction", "weights of the words seen"]
-    page.add(table([*head, "multiply-adds a word"], [[*r[:-1], f"{r[-1]:,}"] for r in rows]))
-    flags = [*models.values(), "--data", text, "--output-dir", page.pictures]
-    if page.run({"context": script("lm_context.py", *flags)}):
-        said = page.steps.output("context", "Loss of ")
-        shown, _, findings = said.partition("\n\n")
-        answer = sentences.context(figures.read_contexts(page.pictures / CONTEXT_CSV))
-        page.add(" ".join(answer))
-        caption = (
-            "Left: the loss of a word by how many words before it a model was shown; where a line "
-            "becomes flat, the model makes nothing of more. Right: what each distance adds to a "
-            "prediction."
-        )
-        page.add(figure(caption, {"Loss by context, influence by distance": CONTEXT_PICTURE}))
-        page.add(fenced(shown), *findings.splitlines())
-        page.conclude("**Context:**", *answer[-1:])
+        cost = figures.cost(restore_model(checkpoint)[0], window)
+        can = sentences.reach(model, spec.nlayers, window, spec.kernel_size)
+        measured = f"{found[model]['effective context']:.0f} of {found[model]['most']:.0f}"
+        costs = [f"{cost.in_layers:,}", f"{cost.multiply_adds:,}"]
+        rows.append([model, *can, *costs, measured, f"{found[model]['loss']:.3f}"])
+    answer = sentences.context(found)
+    page.add(f"{sentences.allowed([*models])} {answer}")
+    head = ["model", "can see", "steps to a prediction", "weights of the words seen"]
+    head += ["parameters in its layers", "multiply-adds a word", "words it needs", "loss (nats)"]
+    page.add(table(head, rows))
+    page.add(
+        "Measured are the words that a model needs to come within 1 % of its lowest loss, of those "
+        "that it was shown, and its loss with all of them; the rest follows from its architecture."
+    )
+    caption = (
+        "Left: the loss of a word by how many words before it a model was shown; where a line "
+        "becomes flat, the model makes nothing of more. Right: the rise of its loss when only the "
+        "nearest words are in order; where it is zero, the order of words further back is nothing "
+        "to the model. Bands are 95 % intervals."
+    )
+    page.add(figure(caption, {"Loss by context, and by words in order": CONTEXT_PICTURE}))
+    page.add(fenced(shown), "\n".join(f"- {line}" for line in findings.splitlines()))
+    page.conclude("**Context:**", answer)
 
 
 def add_head(page: Page, args: argparse.Namespace, shaping: Mapping[str, Any]) -> None:

@@ -169,16 +169,15 @@ def read_contexts(path: Path) -> dict[str, dict[str, float]]:
     """What lm_context.py's table says of each model.
 
     Returns:
-        `one` and `all`: losses with one word visible and with all that it can take; `most`, how
-        many these are; `effective context`; and of a CNN its `receptive field`.
+        `effective context`, with ` low` and ` high`; `most`, how many words it was shown, and
+        `loss` with these; of a CNN its `receptive field`.
     """
     found: dict[str, dict[str, float]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             model, value = found.setdefault(row["model"], {}), float(row["value"])
-            if row["measure"] == "loss":
-                model.setdefault("one", value)  # the first line has the fewest words
-                model["all"], model["most"] = value, float(row["words"])
-            elif row["measure"] != "influence":
+            if row["measure"] == "loss":  # the last line has the most words
+                model |= {"loss": value, "most": float(row["words"])}
+            elif not row["words"]:
                 model[row["measure"]] = value
     return found

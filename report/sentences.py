@@ -101,7 +101,7 @@ def accuracy(beyond: Mapping[str, float], within: Mapping[str, float], other: st
     if not beyond:
         largest = max(within, key=lambda title: abs(within[title]))
         if not within[largest]:
-            return f"**Accuracy:** {listed([*within])} end at the Acc@1 of {other}."
+            return f"**Accuracy:** {listed([*within])} end with the Acc@1 of {other}."
         return (
             f"**Accuracy:** no training differs from {other} by more than chance; the largest gap "
             f"is {points(within[largest])} points of Acc@1, of {largest}."
@@ -190,12 +190,12 @@ def disagreement(title: str, other: str, share: float, seeds: float | None, coun
 def disagreements(shares: Mapping[str, float], other: str, seeds: float | None, count: int) -> str:
     """The conclusion on how often trainings disagree with `other`, beside two seeds of it."""
     shown = listed([f"{title} on {100 * share:.1f} %" for title, share in shares.items()])
-    said = f"**Disagreements:** with {other} disagree {shown} of the images"
+    said = f"**Disagreements** with {other}: {shown} of the images"
     if seeds is None:
-        return f"{said}; how often two seeds do was not measured."
-    line = f"{said}, two seeds on {100 * seeds:.1f} %: "
+        return f"{said}. How often two seeds disagree was not measured."
     more = [title for title, share in shares.items() if is_more(share, seeds, count)]
-    return line + (f"{listed(more)} by more than chance." if more else "none by more than chance.")
+    end = f"{listed(more)} by more than chance" if more else "none by more than chance"
+    return f"{said}; two seeds of it: {100 * seeds:.1f} %. Above two seeds: {end}."
 
 
 def is_more(share: float, seeds: float, count: int) -> bool:
@@ -306,52 +306,59 @@ def improving(curves: Mapping[str, Curve]) -> str:
     )
 
 
-def architecture(kind: str, layers: int, window: int, kernel: int) -> list[str]:
-    """What a kind of model can do with the past: how far, in how many steps, with what weights.
+def reach(kind: str, layers: int, window: int, kernel: int) -> list[str]:
+    """What a kind of model can do with the past: how far, in how many steps, by what weights.
 
     Args:
         window: words of a segment.
         kernel: words that a layer of a CNN sees.
     """
     if kind == "Transformer":
-        return [f"the {window} words of its window", "1", "from the content (attention)"]
+        return [f"the {window} words of its window", "one", "from the words themselves"]
     if kind == "CNN":
-        field = 1 + layers * (kernel - 1)
-        return [f"{field} words", f"1 to {layers}", "fixed, a gate from the content"]
-    return ["no limit", "the word's distance", "fixed, gates from the content"]
+        return [f"{1 + layers * (kernel - 1)} words", f"at most {layers}", "fixed, with a gate"]
+    return ["no limit", "one for each word between", "fixed, with gates"]
 
 
-def context(found: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """How models differ in what they make of the past, from lm_context.py's figures."""
-    said = []
-    for name, of in found.items():
-        needs, most = int(of["effective context"]), int(of.get("receptive field") or of["most"])
-        gain = of["one"] - of["all"]
-        part = f"the {name} {'gains' if gain >= 0 else 'loses'} {abs(gain):.2f} nats"
-        if needs == 0:
-            part = f"the {name} depends on no word before"
-        elif "receptive field" in of and needs == most:
-            part += f" and needs all {most} words that its layers reach"
-        else:
-            part += f" and needs {needs} of {most}"
-        said.append(part)
-    longest = max(of["effective context"] for of in found.values())
-    far = [name for name, of in found.items() if of["effective context"] == longest]
-    best = min(found, key=lambda name: found[name]["all"])
-    measured = (
-        "Measured, from one word visible to all, and in words to come within 1 % of its loss: "
-        f"{listed(said)}."
-    )
+ALLOWED = {
+    "Transformer": "a Transformer has every word of its window one step from the prediction, and "
+    "computes from the words themselves how much each counts",
+    "LSTM": "an LSTM has no limit, but carries all that it knows through one state, which every "
+    "later word may overwrite",
+    "CNN": "a CNN has its nearest words a few steps away, by weights that belong to places and not "
+    "to words, and nothing of what lies before them",
+}
+
+
+def context(found: Mapping[str, Mapping[str, float]]) -> str:
+    """How models differ in what they make of the past, by lm_context.py's figures."""
+
+    def used(name: str) -> str:
+        words, low, high = (
+            int(found[name][f"effective context{end}"]) for end in ("", " low", " high")
+        )
+        return f"the {name} {words} (95 % interval {low} to {high})"
+
+    longest = max(found.values(), key=lambda of: of["effective context"])
+    low = longest["effective context low"]
+    far = [name for name, of in found.items() if of["effective context high"] >= low]
+    best = min(found, key=lambda name: found[name]["loss"])
+    said = f"Words that they make use of: {listed([used(name) for name in found])}. "
+    lowest = f"The {best} has the lowest loss ({found[best]['loss']:.2f})"
+    names = listed([f"the {name}" for name in far])
     if len(found) == 1:
-        return [measured]
+        return said + f"Its loss is {found[best]['loss']:.2f}."
     if len(far) == len(found):
-        return [measured, f"None uses a longer context than another; the {best} predicts best."]
-    reach = f"{listed([f'the {name}' for name in far])} {'use' if len(far) > 1 else 'uses'}"
-    reach = f"{reach[0].upper()}{reach[1:]} the longest context ({longest:.0f} words)"
+        return said + f"None uses more by more than chance. {lowest}."
     if best in far:
-        return [measured, f"{reach}, and the {best} predicts best."]
-    return [
-        measured,
-        f"{reach}, yet the {best} predicts best: what it makes of the nearest words is worth more "
-        "than the reach.",
-    ]
+        return said + f"{lowest}, and the longest context is that of {names}."
+    return said + (
+        f"{lowest}, although the longest context is that of {names}: what a model makes of the "
+        "nearest words counts for more than how far it sees."
+    )
+
+
+def allowed(kinds: Sequence[str]) -> str:
+    """What the architectures differ in, in a sentence."""
+    said = "; ".join(ALLOWED[kind] for kind in kinds if kind in ALLOWED)
+    return f"{said[:1].upper()}{said[1:]}."

@@ -1,6 +1,7 @@
 """How far back models look, found for models whose answer is known by construction."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,15 @@ from torch import nn
 import lm_context
 from engine.cli import UserError
 from engine.launch import build_accelerator
-from lm_context import Context, findings, measure, predict
+from lm_context import Context, Estimate, estimate, findings, measure, predict
 from word_language_model.data import load_corpus
-from word_language_model.model import ConvolutionalModel, LanguageModel, RecurrentModel, build_model
+from word_language_model.model import (
+    ConvolutionalModel,
+    Hidden,
+    LanguageModel,
+    RecurrentModel,
+    build_model,
+)
 from word_language_model.settings import ModelSpec
 
 WORDS, BACK = 11, 4
@@ -47,13 +54,19 @@ def test_a_convolution_that_looks_one_place_up_needs_exactly_that_place() -> Non
         layer.bias[WORDS + 1 :] = 9.0  # the gates are open
         built.decoder.weight[:, :WORDS] = 5 * torch.eye(WORDS)
     found = measured(built, echo())
-    assert list(found.losses) == [1, 2, 4, 8, 9]
-    chance = torch.tensor(WORDS).log().item()
-    assert [found.losses[n] for n in (1, 2)] == pytest.approx([chance, chance])
-    assert found.losses[4] < chance / 2
-    assert found.losses[4] == pytest.approx(found.losses[9])
-    assert found.effective == found.receptive_field == BACK
-    assert found.influence == [0, 0, 0, 1, 0, 0, 0, 0, 0]
+    assert list(found.visible) == [1, 2, 4, 8, 9]
+    chance = torch.tensor(WORDS).log()
+    for n in (1, 2):
+        torch.testing.assert_close(found.visible[n], chance.double().expand(391), check_dtype=False)
+    assert found.visible[4].mean() < chance / 2
+    assert torch.equal(found.visible[4], found.visible[9])
+    assert found.effective == (BACK, BACK, BACK)
+    assert found.receptive_field == BACK
+    assert found.window == 9 and [*found.shuffled] == [1, 2, 4]
+    assert torch.equal(found.shuffled[4], found.visible[9])  # the one word is in its place
+    for k in (1, 2):  # else it seldom is
+        assert found.disorder(k).value > chance / 2
+        assert found.disorder(k).real
 
 
 @pytest.mark.parametrize("kind", ["RNN_TANH", "CNN"])
@@ -64,17 +77,34 @@ def test_a_bigram_model_looks_at_one_word(kind: str) -> None:
         if "weight_hh" in name:
             nn.init.zeros_(parameter)
     found = measured(built, echo(100))
-    assert found.effective == 1
-    assert found.influence == [1, *[0] * 8]
-    assert len({round(loss, 5) for loss in found.losses.values()}) == 1
+    assert found.effective == (1, 1, 1)
+    for losses in [*found.visible.values(), *found.shuffled.values()]:
+        torch.testing.assert_close(losses, found.visible[1])
 
 
-def test_there_is_no_gradient_beyond_a_receptive_field() -> None:
-    built = build_model(SPEC._replace(nlayers=3, kernel_size=3), dropout=0.0)
-    found = measured(built, echo(100))
-    assert found.receptive_field == 7
-    assert [share > 0 for share in found.influence] == [True] * 7 + [False] * 2
-    assert sum(found.influence) == pytest.approx(1)
+def test_a_shuffle_leaves_the_last_words_in_order_and_loses_none() -> None:
+    class Reader(LanguageModel):
+        """Keeps what it is given to read."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.Linear(1, WORDS)
+            self.read: list[torch.Tensor] = []
+
+        def features(self, tokens: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+            self.read.append(tokens)
+            return tokens[..., None].float(), hidden
+
+    reader, text, places = Reader(), torch.arange(99) % 7, torch.arange(40, 70)
+    found = measure(build_accelerator(), reader, "it", text, places, 40)
+    assert found.window == 32 and [*found.shuffled] == [1, 2, 4, 8, 16]
+    whole = reader.read[5]
+    for k, read in zip(found.shuffled, reader.read[7:], strict=True):
+        assert read.shape == whole.shape == (32, 30)
+        assert torch.equal(read[-k:], whole[-k:])
+        assert torch.equal(read.sort(0).values, whole.sort(0).values)
+        assert (read[:-k] != whole[:-k]).any(0).all()
+        assert len({tuple(column) for column in read.t().tolist()}) == 30
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
@@ -83,34 +113,97 @@ def test_an_rnn_starts_from_zeros_as_many_words_back_as_are_visible(kind: str) -
     assert isinstance(built, RecurrentModel)
     text, place = echo(50), 30
     for length in (1, 3, 7):
-        loss, embedded = predict(built, text, torch.tensor([place, 40]), length)
+        loss = predict(built, text, torch.tensor([place, 40]), length, torch.zeros(0, 2).long())
         output, _ = built.rnn(built.encoder(text[place - length : place]))
         expected = F.cross_entropy(built.decoder(output[-1]), text[place])
         torch.testing.assert_close(loss[0], expected)
-        assert embedded.shape == (length, 2, 8)
 
 
-def test_the_effective_context_comes_within_one_percent_of_the_full_loss() -> None:
-    assert Context("it", {1: 4.0, 2: 2.03, 4: 2.015, 8: 2.0}, [1.0], 0).effective == 4
+def noise(mean: float, spread: float = 0.1, words: int = 400, seed: int = 0) -> torch.Tensor:
+    """Losses of so many words, with that mean."""
+    drawn = torch.randn(words, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    return mean + spread * (drawn - drawn.mean())
+
+
+def test_an_estimate_is_the_mean_and_its_standard_error() -> None:
+    losses = noise(2.0, words=100)
+    assert estimate(losses) == pytest.approx((2.0, losses.std().item() / 10))
+    # The error of means of stretches is true where neighbours are alike: 8 equal ones count once.
+    assert estimate(losses.repeat_interleave(8)) == pytest.approx(estimate(losses))
+    assert str(Estimate(-0.0514, 0.02)) == "-0.051 ± 0.020"
+    assert [Estimate(value, 0.1).real for value in (0.21, -0.21, 0.19, -0.19)] == [True] * 2 + [
+        False
+    ] * 2
+    assert not Estimate(0.0, 0.0).real
+
+
+def test_equal_models_seldom_seem_different() -> None:
+    """Differences of mean zero, in which three neighbours are always alike."""
+    drawn = torch.randn(300, 400, generator=torch.Generator().manual_seed(0))
+    pairs = drawn.repeat_interleave(3, dim=1)
+    assert 5 <= sum(estimate(pair).real for pair in pairs) <= 24  # of 300; one in twenty is 15
+
+
+def context(
+    name: str, means: dict[int, float], spread: float = 0.1, seed: int = 0, **more: Any
+) -> Context:
+    """One whose losses vary independently for every number of words."""
+    visible = {n: noise(mean, spread, seed=seed + n) for n, mean in means.items()}
+    return Context(name, visible, **{"shuffled": {}, "window": 4, "receptive_field": 0, **more})
+
+
+def test_the_effective_context_comes_within_one_percent_of_the_lowest_loss() -> None:
+    assert context("it", {1: 4.0, 2: 2.03, 4: 2.015, 8: 2.0}, 0.01).effective == (4, 4, 4)
+    # The last loss is not the lowest: what comes near it does not count.
+    assert context("it", {1: 4.0, 2: 2.03, 4: 2.0, 8: 2.03}, 0.01).effective == (4, 4, 4)
+    # Means with a standard error of 0.01 leave open which of 2.03 and 2.015 are below 2.02.
+    assert context("it", {1: 4.0, 2: 2.03, 4: 2.015, 8: 2.0}, 0.2).effective == (4, 2, 8)
+    assert context("it", {1: 2.0, 2: 2.0}, 0.0).effective == (1, 1, 1)
 
 
 def test_the_findings_are_those_of_the_figures() -> None:
+    def shuffled(c: Context, rises: dict[int, float], spread: float = 0.1) -> Context:
+        basis = c.visible[c.window]
+        return c._replace(shuffled={k: basis + noise(r, spread) for k, r in rises.items()})
+
+    transformer = context("Transformer", {1: 6.5, 4: 6.1, 5: 6.2})
+    cnn = context("CNN", {1: 6.25, 2: 6.05, 4: 6.0}, receptive_field=4)
+    lstm = context("LSTM", {1: 6.01, 4: 6.005})
     contexts = [
-        Context("Transformer", {1: 6.5, 4: 6.1, 5: 6.15}, [0.5, 0.25, 0.125, 0.125], 0),
-        Context("CNN", {1: 6.25, 2: 6.05, 3: 6.0, 8: 6.0}, [0.75, 0.125, 0.125, 0.0], 3),
-        Context("LSTM", {1: 6.75, 8: 6.5}, [0.25, 0.25, 0.25, 0.25], 0),
+        shuffled(transformer, {1: 0.3, 2: 0.1}),
+        shuffled(cnn, {1: 0.3, 2: 0.005}),
+        shuffled(lstm, {1: 0.005, 2: 0.1}),
     ]
-    assert [*findings(contexts)] == [
-        "To come within 1 % of its loss with all words visible, the Transformer needs the last 4 "
-        "of 5, the CNN needs the last 2 of 3 and the LSTM needs the last 8 of 8.",
-        "From one visible word to all of them the loss falls by 0.350 nats for the Transformer, "
-        "0.250 nats for the CNN and 0.250 nats for the LSTM; it ends lowest for the CNN, at 6.000.",
-        "Of all influence on a prediction, words more than 3 places back have 12.5 % in the "
-        "Transformer, 0.0 % in the CNN (its receptive field ends there) and 25.0 % in the LSTM.",
+    found = [*findings(contexts)]
+    assert found[:6] == [
+        "To come within 1 % of its lowest loss, the Transformer needs the last 4 of 5 (95 % "
+        "interval 4 to 4), the CNN needs the last 2 of 4, its receptive field (95 % interval 2 to "
+        "4) and the LSTM needs the last 1 of 4 (95 % interval 1 to 1).",
+        "From one visible word to the best number of them, the loss falls by 0.400 ± 0.008 nats "
+        "for the Transformer (to 4), by 0.250 ± 0.008 nats for the CNN (to 4) and by no more than "
+        "chance (0.005 ± 0.008) for the LSTM (to 4).",
+        "With all 5 words visible, the loss of the Transformer is 0.100 ± 0.006 nats above its "
+        "lowest, which it has with 4.",
+        "The order of words counts beyond the last 2 for the Transformer (0.100 ± 0.005 nats), "
+        "beyond the last 1 for the CNN (0.300 ± 0.005 nats) and nowhere beyond the last word for "
+        "the LSTM: so far back, shuffling raises the loss by more than chance.",
+        "With all words visible, the loss of the CNN is 0.005 ± 0.000 nats below that of the LSTM.",
+        "With all words visible, the loss of the CNN is 0.200 ± 0.006 nats below that of the "
+        "Transformer.",
     ]
+    # The same means with ten times the noise.
+    wide = [
+        shuffled(context("Transformer", {1: 6.5, 4: 6.1, 5: 6.2}, 2.0), {1: 0.1, 2: 0.1}, 2.0),
+        context("LSTM", {1: 6.5, 5: 6.1}, 2.0, seed=9),
+    ]
+    found = [*findings(wide)]
+    assert "above its lowest" not in "".join(found)
+    assert "counts nowhere beyond the last word for the Transformer:" in found[2]
+    assert found[3].startswith("With all words visible, the loss of the LSTM is 0.100 ± ")
+    assert found[3].endswith("nats below that of the Transformer, no more than chance.")
 
 
-def test_a_dead_rnn_depends_on_no_word_and_leaves_no_nan(
+def test_a_dead_rnn_needs_no_second_word_and_leaves_no_nan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -128,11 +221,12 @@ def test_a_dead_rnn_depends_on_no_word_and_leaves_no_nan(
         assert result.code == 0 and result.err == "", result
         table = Path("context.csv").read_text()
         assert "nan" not in result.out + table
-        assert "The predictions of the RNN_RELU depend on no word before.\n" in result.out
-        assert "the RNN_RELU needs" not in result.out and "in the RNN_RELU" not in result.out
-        assert ("the LSTM needs the last" in result.out) == (len(models) == 2)
-        assert "RNN_RELU,effective context,,0\n" in table
-        assert "RNN_RELU,influence,1,0.0\n" in table
+        assert "the RNN_RELU needs the last 1 of 4 (95 % interval 1 to 1)" in result.out
+        assert "by no more than chance (0.000 ± 0.000) for the RNN_RELU (to 1)" in result.out
+        assert "nowhere beyond the last word for the RNN_RELU" in result.out
+        assert "RNN_RELU,effective context,,1,\n" in table
+        assert "RNN_RELU,effective context high,,1,\n" in table
+        assert "RNN_RELU,rise when shuffled,2,0.0,0.0\n" in table
         assert Path("context.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -171,8 +265,11 @@ def test_the_figures_of_four_processes_are_those_of_one(tmp_path: Path) -> None:
     rows = [line.split(",") for line in table.splitlines()[1:]]
     seen = {name: [r[2] for r in rows if r[0] == name and r[1] == "loss"] for name, *_ in rows}
     whole, window = ["1", "2", "4", "8"], ["1", "2", "4", "5"]  # a Transformer's is its --bptt
-    assert [*seen.values()] == [whole, window, ["1", "2", "4", "7", "8"]]  # its receptive field
-    assert ["CNN", "receptive field", "", "7"] in rows
+    assert [*seen.values()] == [whole, window, ["1", "2", "4", "7"]]  # its receptive field
+    assert ["CNN", "receptive field", "", "7", ""] in rows
+    assert all(float(r[4]) >= 0 for r in rows if r[2])
+    shuffled = [r[2] for r in rows if r[:2] == ["LSTM", "rise when shuffled"]]
+    assert shuffled == ["1", "2", "4"]
 
 
 def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +286,7 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "none.pt --data set": "none.pt: no such file",
         "nan.pt --data set": "nan.pt: its weights give no finite loss",
         "lstm.pt --data set --max-context 900": "too few to have --max-context 900",
+        "lstm.pt --data set --words 1": "--words 1: a standard error takes at least 2",
         "lstm.pt --data set --output-dir file": "cannot write to file",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -59,7 +59,7 @@ def test_the_conclusion_on_accuracy_names_what_is_beyond_chance() -> None:
     assert "largest gap is -0.8 points of Acc@1, of bf16" in sentences.accuracy(
         {}, {"bf16": -0.8, "four parts": 0.1}, one
     )
-    assert "bf16 and four parts end at the Acc@1 of one process" in sentences.accuracy(
+    assert "bf16 and four parts end with the Acc@1 of one process" in sentences.accuracy(
         {}, {"bf16": 0.0, "four parts": 0.0}, one
     )
     both = sentences.accuracy({"four processes": -4.0}, {"bf16": 0.1}, one)
@@ -107,8 +107,8 @@ def test_hardware_is_compared_with_seeds(share: float, seeds: float | None, verd
     line = sentences.disagreements({"bf16": share, "four parts": 0.0}, "it", seeds, 1000)
     assert f"bf16 on {100 * share:.1f} % and four parts on 0.0 %" in line
     if seeds is not None:
-        assert ("bf16 by more than chance" in line) == (share == 0.40)
-        assert ("none by more than chance" in line) == (share != 0.40)
+        assert ("Above two seeds: bf16 by more than chance" in line) == (share == 0.40)
+        assert ("Above two seeds: none by more than chance" in line) == (share != 0.40)
 
 
 def losses(train: list[float], val: list[float]) -> dict[str, Curve]:
@@ -169,21 +169,36 @@ def test_language_models_are_ranked_as_far_as_their_seeds_agree() -> None:
     assert "After one epoch" in sentences.improving({"LSTM": {1: 500.0}})
 
 
-def test_the_answer_on_context_follows_the_figures() -> None:
-    lstm = {"one": 6.34, "all": 5.99, "most": 128.0, "effective context": 8.0}
-    cnn = {"one": 6.2, "all": 5.93, "most": 128.0, "effective context": 7.0, "receptive field": 7.0}
-    measured, answer = sentences.context({"LSTM": lstm, "CNN": cnn})
-    assert "the LSTM gains 0.35 nats and needs 8 of 128" in measured
-    assert "the CNN gains 0.27 nats and needs all 7 words that its layers reach" in measured
-    assert answer.startswith("The LSTM uses the longest context (8 words), yet the CNN predicts")
-    best = sentences.context({"LSTM": lstm | {"all": 5.0}, "CNN": cnn})[1]
-    assert best == "The LSTM uses the longest context (8 words), and the LSTM predicts best."
-    equal = sentences.context({"LSTM": lstm | {"effective context": 7.0}, "CNN": cnn})[1]
-    assert equal == "None uses a longer context than another; the CNN predicts best."
-    dead = sentences.context({"LSTM": lstm | {"effective context": 0.0, "all": 6.5}})
-    assert "the LSTM depends on no word before" in dead[0] and len(dead) == 1
-    worse = sentences.context({"LSTM": lstm | {"all": 6.5}})[0]
-    assert "the LSTM loses 0.16 nats" in worse
+def test_the_answer_on_context_follows_the_figures(tmp_path: Path) -> None:
+    path = tmp_path / "context.csv"
+    path.write_text(
+        "model,measure,words,value,standard_error\n"
+        "LSTM,loss,1,6.34,0.1\nLSTM,loss,128,5.99,0.1\nLSTM,loss above lowest,1,0.3,0.1\n"
+        "LSTM,effective context,,16,\nLSTM,effective context low,,8,\n"
+        "LSTM,effective context high,,32,\nCNN,loss,7,5.93,0.1\nCNN,rise when shuffled,2,0.1,0\n"
+        "CNN,effective context,,4,\nCNN,effective context low,,4,\n"
+        "CNN,effective context high,,7,\nCNN,receptive field,,7,\n"
+    )
+    found = figures.read_contexts(path)
+    assert found["CNN"] == {
+        **{"loss": 5.93, "most": 7, "effective context": 4, "effective context low": 4},
+        **{"effective context high": 7, "receptive field": 7},
+    }
+    assert sentences.context(found).startswith(
+        "Words that they make use of: the LSTM 16 (95 % interval 8 to 32) and the CNN 4 (95 % "
+        "interval 4 to 7). The CNN has the lowest loss (5.93), although the longest context is "
+        "that of the LSTM"
+    )
+    best = sentences.context(found | {"LSTM": found["LSTM"] | {"loss": 5.0}})
+    assert best.endswith(
+        "The LSTM has the lowest loss (5.00), and the longest context is that of the LSTM."
+    )
+    equal = sentences.context(found | {"CNN": found["CNN"] | {"effective context high": 8}})
+    assert equal.endswith("None uses more by more than chance. The CNN has the lowest loss (5.93).")
+    assert sentences.context({"CNN": found["CNN"]}).endswith("Its loss is 5.93.")
+    assert sentences.allowed(["CNN", "GRU"]).startswith("A CNN has its nearest words a few steps")
+    assert sentences.reach("CNN", 2, 35, 4)[:2] == ["7 words", "at most 2"]
+    assert sentences.reach("Transformer", 2, 35, 4)[0] == "the 35 words of its window"
 
 
 def test_the_costs_of_language_models_are_those_of_their_weights() -> None:

@@ -165,7 +165,7 @@ def test_the_tables_hold_the_runs_figures(reports: dict[str, str]) -> None:
         logs = [(folder / "logs" / f"{model}-seed{seed}.log").read_text() for seed in (1, 2)]
         least, most = sorted(float(re.findall(r"test ppl +(\S+)", log)[-1]) for log in logs)
         assert f" ({least:.1f} to {most:.1f}) |" in row
-    assert "and 0.0 % in the CNN (its receptive field ends there)." in report
+    assert "of 7, its receptive field (95 % interval " in report
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt install chromium-headless-shell")
