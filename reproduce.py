@@ -19,6 +19,7 @@ from engine import stop  # before what is slow: see there
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -202,7 +203,7 @@ def add_trainings(page: Page, groups: Groups, answers: Answers | None, seeds: in
     )
     add_gaps(page, runs, answers, seeds)
     means = {title: figures.mean_curves(several) for title, several in runs.items()}
-    add_coincidences(page, runs)
+    add_coincidences(page, groups, runs)
     page.add("\n".join(f"- {line}" for line in sentences.over_fitting(means)))
     page.conclude(sentences.fitting(means))
 
@@ -236,23 +237,24 @@ def add_gaps(
         said.append(sentences.two_seeds(*control))
     page.add("\n".join(f"- {line}" for line in said))
     if others:
-        page.conclude(sentences.accuracy(beyond, within, reference))
+        page.conclude(sentences.accuracy(beyond, within, reference, seeds))
 
 
-def add_coincidences(page: Page, runs: Mapping[str, list[Curves]]) -> None:
+def add_coincidences(page: Page, groups: Groups, runs: Mapping[str, list[Curves]]) -> None:
     """Which curves are the same; of four processes and four parts it is said in any case."""
     reference, *_ = runs
-    same_seed = {title: several[0] for title, several in runs.items() if title != CONTROL}
-    repeated = [*runs[reference], *runs.get(CONTROL, [])]
-    seeds = figures.farthest(repeated, "Loss/val")
+    seeds = figures.farthest([*runs[reference], *runs.get(CONTROL, [])], "Loss/val")
     expected = {WAYS["cpu4"].title, WAYS["parts4"].title}
-    for i, one in enumerate(same_seed):
-        for other in [*same_seed][i + 1 :]:
-            distances = figures.apart(same_seed[one], same_seed[other], "Loss/val")
-            level = figures.last(same_seed[one]["Loss/val"])
-            near = sentences.is_near(max(distances), seeds, level)
-            if near or {one, other} == expected:
-                page.add(sentences.coincidence(one, other, distances, seeds, level))
+    of = {title: dict(zip(groups[title], runs[title], strict=True)) for title in runs}
+    for one, other in itertools.combinations(of, 2):
+        both = of[one].keys() & of[other].keys()  # none with the control
+        pairs = [figures.apart(of[one][s], of[other][s], "Loss/val") for s in both]
+        distances = [max(after) for after in zip(*pairs, strict=True)]
+        if not distances:
+            continue
+        level = figures.last(runs[one][0]["Loss/val"])
+        if sentences.is_near(max(distances), seeds, level) or {one, other} == expected:
+            page.add(sentences.coincidence(one, other, distances, seeds, level))
 
 
 def add_disagreements(page: Page, answers: Answers) -> None:

@@ -94,23 +94,32 @@ def seeds_gap(title: str, other: str, gap: float, interval: tuple[float, float],
     )
 
 
-def accuracy(beyond: Mapping[str, float], within: Mapping[str, float], other: str) -> str:
-    """The conclusion on Acc@1: gaps in points to `other` that are beyond chance, and the others."""
-    if not beyond and not within:
+def accuracy(
+    beyond: Mapping[str, float], within: Mapping[str, float], other: str, seeds: int
+) -> str:
+    """The conclusion on Acc@1.
+
+    Args:
+        beyond, within: points of Acc@1 to `other` that are more than chance, and the others.
+        seeds: with which each was trained.
+    """
+    gaps = {**beyond, **within}
+    basis = "one seed each" if seeds == 1 else f"{seeds} seeds each"
+    if not gaps:
         return f"**Accuracy:** nothing was trained that could be compared with {other}."
+    if not any(gaps.values()):
+        return f"**Accuracy** ({basis}): {listed([*gaps])} end with the Acc@1 of {other}."
     if not beyond:
         largest = max(within, key=lambda title: abs(within[title]))
-        if not within[largest]:
-            return f"**Accuracy:** {listed([*within])} end with the Acc@1 of {other}."
         return (
-            f"**Accuracy:** no training differs from {other} by more than chance; the largest gap "
-            f"is {points(within[largest])} points of Acc@1, of {largest}."
+            f"**Accuracy** ({basis}): none differs from {other} by more than chance; the largest "
+            f"gap is {points(within[largest])} points of Acc@1, of {largest}."
         )
     shown = listed([f"{title} ({points(gap)})" for title, gap in beyond.items()])
     rest = listed([f"{title} ({points(gap)})" for title, gap in within.items()] or ["none"])
     return (
-        f"**Accuracy:** further from {other} than by chance, in points of Acc@1: {shown}. "
-        f"Not further: {rest}."
+        f"**Accuracy** ({basis}): further from {other} than by chance, in points of Acc@1: "
+        f"{shown}. Not further: {rest}."
     )
 
 

@@ -9,10 +9,11 @@ import pytest
 from kit import KIT, make_dataset
 from PIL import Image
 
+import lm_main
 import reproduce
 from engine.curves import Curve, draw_curves, usual_limits
 from image_classification.folders import find_images, readable_names
-from report import figures, sentences
+from report import figures, plan, sentences
 from report.figures import Answers
 from report.page import Page, figure, folded, quoted, table
 from report.steps import Forecast, Steps
@@ -55,17 +56,19 @@ def test_several_seeds_give_the_interval_of_their_means() -> None:
 
 
 def test_the_conclusion_on_accuracy_names_what_is_beyond_chance() -> None:
-    one = "one process"
-    assert "largest gap is -0.8 points of Acc@1, of bf16" in sentences.accuracy(
-        {}, {"bf16": -0.8, "four parts": 0.1}, one
-    )
-    assert "bf16 and four parts end with the Acc@1 of one process" in sentences.accuracy(
-        {}, {"bf16": 0.0, "four parts": 0.0}, one
-    )
-    both = sentences.accuracy({"four processes": -4.0}, {"bf16": 0.1}, one)
+    def said(beyond: dict[str, float], within: dict[str, float], seeds: int = 1) -> str:
+        return sentences.accuracy(beyond, within, "one process", seeds)
+
+    gaps = {"bf16": -0.8, "four parts": 0.1}
+    assert "(one seed each): none differs from one process by more" in said({}, gaps)
+    assert "(3 seeds each): none differs" in said({}, gaps, 3)
+    assert "largest gap is -0.8 points of Acc@1, of bf16." in said({}, gaps)
+    equal = said({}, {"bf16": 0.0, "four parts": 0.0})
+    assert "bf16 and four parts end with the Acc@1 of one process" in equal
+    both = said({"four processes": -4.0}, {"bf16": 0.1})
     assert "four processes (-4.0). Not further: bf16 (+0.1)." in both
-    assert "Not further: none." in sentences.accuracy({"four processes": -4.0}, {}, one)
-    assert "nothing was trained" in sentences.accuracy({}, {}, one)
+    assert "Not further: none." in said({"four processes": -4.0}, {})
+    assert "nothing was trained" in said({}, {})
     assert "batch normalisation by a quarter" in sentences.cause(-4.0, -3.9, True)
     assert "does not differ so" in sentences.cause(-4.0, -0.2, False)
     assert "does not differ so" in sentences.cause(-4.0, 3.9, True)
@@ -259,6 +262,39 @@ def test_a_page_folds_commands_and_shows_figures_with_captions(tmp_path: Path) -
     assert html.count("<figure>") == 1 and "<figcaption>What to see.</figcaption>" in html
     assert html.count("<div class='scroll'>") == 2  # the wide picture and the table
     assert "<blockquote>so &lt;unk&gt; *is* it <br> and on</blockquote>" in html
+
+
+def test_a_machine_trains_what_it_can_with_the_seeds_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def planned(*flags: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        args = reproduce.make_parser().parse(flags)
+        settings = plan.check_flags("--text-flags", args.text_flags, lm_main)
+        return plan.image_trainings(args), plan.text_trainings(args, settings)
+
+    monkeypatch.setattr(plan, "emulates_bf16", lambda _device: True)
+    images, texts = planned()
+    assert [*images] == ["cpu-seed1", "cpu-seed2", "cpu4-seed1", "parts4-seed1"]
+    assert [*texts] == [f"{m}-seed{n}" for m in ("Transformer", "LSTM", "CNN") for n in (1, 2)]
+    pairs = zip(images["cpu-seed1"], images["cpu-seed2"], strict=True)
+    folders = ("output/report/cpu-seed1", "output/report/cpu-seed2")
+    assert [pair for pair in pairs if len({*pair}) > 1] == [("1", "2"), folders]
+    assert {"--gradient-accumulation-steps", "4"} == {*images["parts4-seed1"]} & {
+        *("--gradient-accumulation-steps", "4", "--main_process_port")
+    }
+    assert " --seed 1 --nhid 400 " in " ".join(texts["Transformer-seed1"])
+    assert "accelerate_configs/cpu.yaml" in " ".join(texts["CNN-seed2"])
+
+    monkeypatch.setattr(plan, "emulates_bf16", lambda _device: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    images, texts = planned("--seeds", "7", "8", "--text-flags=--tied")
+    assert [*images][-4:] == ["gpu1-seed7", "gpu1-seed8", "gpu4-seed7", "gpu4-seed8"]
+    assert len(images) == 12 and "cpu_bf16-seed8" in images
+    assert "gpu1.yaml" in " ".join(texts["LSTM-seed8"])
+    assert "--nhid" not in texts["Transformer-seed7"]
+    groups = plan.grouped([*images], reproduce.make_parser().parse(["--seeds", "7", "8"]))
+    assert groups["one process"] == {7: "cpu-seed7", 8: "cpu-seed8"} and len(groups) == 6
 
 
 def test_costs_are_said_after_the_second_epoch(
