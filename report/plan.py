@@ -31,11 +31,11 @@ PARTS = 4  # of a batch: four processes, or four steps of one
 PART_FLAGS = ("--gradient-accumulation-steps", str(PARTS))
 WAYS = {
     "cpu": Way("one process", "on the CPU in float32, the reference", "cpu"),
-    "cpu4": Way("four processes", "each has a quarter of every batch", "cpu4"),
-    "parts4": Way("four parts", "one process has the quarters one by one", "cpu", PART_FLAGS),
+    "cpu4": Way("four processes", "each takes, and normalises by, a quarter of a batch", "cpu4"),
+    "parts4": Way("four parts", "one process takes these quarters one by one", "cpu", PART_FLAGS),
     "cpu_bf16": Way("bf16", "one process on the CPU, in bf16", "cpu_bf16"),
     "gpu1": Way("one GPU", "in bf16", "gpu1"),
-    "gpu4": Way("four GPUs", "in bf16, each has a quarter of every batch", "gpu4"),
+    "gpu4": Way("four GPUs", "in bf16, likewise", "gpu4"),
 }
 CONTROL = "another seed"  # of the reference
 LANGUAGE_MODELS = {"Transformer": 5, "LSTM": 20, "CNN": 20}  # and their learning rates
@@ -47,7 +47,7 @@ Groups = dict[str, dict[int, str]]  # titles of trainings that differ in their s
 
 
 def check_flags(flag: str, text: str, training: ModuleType) -> dict[str, Any]:
-    """All settings of `training` with the flags in `text`, which is of `flag`; None: not given.
+    """All settings of `training` by the flags in `text`, which is of `flag`, and its defaults.
 
     Raises:
         UserError: what the training would refuse, as far as that is known at once, and OWN_FLAGS.
@@ -67,8 +67,7 @@ def check_flags(flag: str, text: str, training: ModuleType) -> dict[str, Any]:
             raise ValueError(f"{settings['batch_size']} cannot be cut into {PARTS} equal parts")
         if "arch" in settings:
             check_architecture(settings["arch"])
-            return given
-        for model in LANGUAGE_MODELS:
+        for model in LANGUAGE_MODELS if "emsize" in settings else ():
             fields = {f: settings[f] for f in ModelSpec._fields if f != "words"}
             spec = ModelSpec(**fields | {"model": model}, words=0)
             model_class(model).check(spec, settings["bptt"])

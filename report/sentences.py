@@ -106,7 +106,7 @@ def accuracy(
     gaps = {**beyond, **within}
     basis = "one seed each" if seeds == 1 else f"{seeds} seeds each"
     if not gaps:
-        return f"**Accuracy:** nothing was trained that could be compared with {other}."
+        return f"**Accuracy:** nothing could be compared with {other}."
     if not any(gaps.values()):
         return f"**Accuracy** ({basis}): {listed([*gaps])} end with the Acc@1 of {other}."
     if not beyond:
@@ -133,18 +133,18 @@ def two_seeds(gap: float, interval: tuple[float, float]) -> str:
     )
 
 
-def cause(processes: float, parts: float, parts_exceed: bool) -> str:
+def cause(processes: float, parts: float) -> str:
     """Why four processes differ in Acc@1, if they do: both gaps are against one process."""
-    if parts_exceed and processes * parts > 0:
+    gaps = f"({points(parts)} points for {points(processes)})"
+    if abs(processes - parts) <= abs(processes) / 2:
         return (
-            f"One process that computes each batch in four parts differs alike ({points(parts)} "
-            f"points for {points(processes)}): the cause is what both do, batch normalisation by a "
-            "quarter of a batch, and not the number of processes."
+            f"One process that computes each batch in four parts differs alike {gaps}. So the "
+            "number of processes is not the cause, but what both do: they cut a batch into "
+            "quarters, which batch normalisation sees one by one."
         )
     return (
-        f"One process that computes each batch in four parts does not differ so ({points(parts)} "
-        f"points for {points(processes)}), although both compute the same to rounding: trust "
-        "neither gap before more seeds say the same."
+        f"One process that computes each batch in four parts differs otherwise {gaps}, although "
+        "both compute the same to rounding: trust neither gap before more seeds say the same."
     )
 
 
@@ -265,10 +265,9 @@ def fitting(trainings: Mapping[str, Curves]) -> str:
     return f"**Over-fitting:** no sign of it in {listed([*trainings])}."
 
 
-def sizes(parameters: Mapping[str, int]) -> str:
+def sizes(parameters: Sequence[int]) -> str:
     """Whether models compete at the same size."""
-    least, most = min(parameters.values()), max(parameters.values())
-    apart = most / least - 1
+    apart = max(parameters) / min(parameters) - 1
     if apart <= MATCHED:
         return f"Their parameters are matched: they differ by {100 * apart:.1f} % at most."
     return (
@@ -283,16 +282,16 @@ def ranking(perplexities: Mapping[str, Sequence[float]]) -> str:
     said = f"Test perplexity: {listed([f'{n} {spread(perplexities[n], 1)}' for n in order])}"
     if len(order) == 1:
         return f"{said}."
-    if any(len(values) == 1 for values in perplexities.values()):
-        return f"{said}, of one seed: what another seed would change is not known."
-    unclear = [
-        f"{better} and {worse}"
-        for better, worse in itertools.pairwise(order)
-        if max(perplexities[better]) >= min(perplexities[worse])
-    ]
+    unclear = []
+    for better, worse in itertools.pairwise(order):
+        interval = seeds_interval(perplexities[better], perplexities[worse])
+        if interval is None:
+            return f"{said}, of one seed: what another seed would change is not known."
+        if interval[1] >= 0:
+            unclear.append(f"{better} and {worse}")
     if unclear:
-        return f"{said}. The seeds of {listed(unclear)} overlap, so their order may be chance."
-    return f"{said}. No two models' seeds overlap, so this order is not chance of the seed."
+        return f"{said}. The order of {listed(unclear)} may be chance, by the spread of the seeds."
+    return f"{said}. Each is further from the next than seeds make (95 %, by their spread)."
 
 
 def improving(curves: Mapping[str, Curve]) -> str:
