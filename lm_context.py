@@ -76,8 +76,6 @@ SHUFFLED = 32  # words at most among which some are shuffled
 # means are nearly independent, and standard errors and resamples are taken of them.
 STRETCHES, RESAMPLES = 100, 1000
 
-ERROR, DISTANCE = "  ± standard error", "  ± to the lowest"  # lines of the tables
-
 
 class Estimate(NamedTuple):
     """A mean over words and its standard error."""
@@ -173,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         most = min(args.max_context, limit or args.max_context)
         name = kind if kinds.count(kind) == 1 else f"{kind} {checkpoint.path}"
         context = measure(accelerator, model, name, corpus.test, places, most)
-        if not all(losses.isfinite().all() for losses in context.visible.values()):
+        losses = [*context.visible.values(), *context.shuffled.values()]
+        if not torch.stack(losses).isfinite().all():
             raise checkpoint.error("its weights give no finite loss: the training diverged")
         contexts.append(context)
     if accelerator.is_main_process:
@@ -277,13 +276,15 @@ def report(contexts: list[Context], count: int, args: argparse.Namespace) -> Non
         effective, low, high = c.effective
         ends = [f"{effective} ({low} to {high})", str(c.receptive_field or "")]
         rows.append((c.name, {n: f"{loss.mean():.3f}" for n, loss in c.visible.items()}, ends))
-        rows.append((DISTANCE, {n: f"{c.above_lowest(n).error:.3f}" for n in c.visible}, []))
+        errors = {n: f"{c.above_lowest(n).error:.3f}" for n in c.visible}
+        rows.append(("  ± to the lowest", errors, []))
     print_table(rows, ["effective context", "receptive field"])
     rows = []
     for c in contexts:
         if rises := {k: c.disorder(k) for k in c.shuffled}:
             rows.append((c.name, {k: f"{rise.value:+.3f}" for k, rise in rises.items()}, []))
-            rows.append((ERROR, {k: f"{rise.error:.3f}" for k, rise in rises.items()}, []))
+            errors = {k: f"{rise.error:.3f}" for k, rise in rises.items()}
+            rows.append(("  ± standard error", errors, []))
     if rows:
         print(f"Its rise by the words in order, those before them (of {SHUFFLED}) shuffled:")
         print_table(rows, [])
@@ -362,9 +363,9 @@ def findings(contexts: list[Context]) -> Iterator[str]:
             f"{b.name}{'' if less.real else ', no more than chance'}."
         )
     yield (
-        "Where words are missing, an RNN starts from a zero state, which in training only a "
-        "text's first words do; a Transformer and a CNN read the visible words as a segment's "
-        "first, as in training."
+        "Where words are missing, an RNN starts from a zero state, as in training only the text's "
+        "first segment does; a Transformer and a CNN read the visible words as a segment's first, "
+        "as in training."
     )
 
 
@@ -407,7 +408,8 @@ def draw(contexts: list[Context]) -> Figure:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        if axes.get_legend_handles_labels()[0]:  # not where there are too few words to shuffle
+            axes.legend(fontsize="small")
     return figure
 
 

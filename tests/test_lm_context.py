@@ -272,6 +272,16 @@ def test_the_figures_of_four_processes_are_those_of_one(tmp_path: Path) -> None:
     assert shuffled == ["1", "2", "4"]
 
 
+def test_one_visible_word_leaves_nothing_to_shuffle(tmp_path: Path) -> None:
+    vocabulary = load_corpus(str(make_corpus(tmp_path / "set"))).vocabulary
+    save("CNN", tmp_path / "cnn.pt", vocabulary)
+    flags = ("cnn.pt", "--data", "set", "--max-context", 1, "--words", 2)
+    result = run("lm_context.py", *flags, cwd=tmp_path)
+    assert result.code == 0 and result.err == "", result
+    assert "shuffl" not in result.out
+    assert len(result.out.split("\n\n")) == 2
+
+
 def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
