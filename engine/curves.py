@@ -49,7 +49,9 @@ def draw_curves(
             axes.set_ylim(*limits)
             beyond = sorted(point for point in drawn if point[1] > limits[1])
             for epoch, value in dict(beyond).items():  # of several the greatest
-                axes.annotate(f"{value:.3g} ↑", (epoch, limits[1]), ha="center", va="top")
+                axes.annotate(
+                    f"{value:.3g} ↑", (epoch, limits[1]), ha="center", va="top", size="x-small"
+                )
         axes.set(title=f"{metric} (dashed: in training)", xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
