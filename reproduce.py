@@ -205,7 +205,7 @@ def add_trainings(page: Page, groups: Groups, answers: Answers | None, seeds: in
     means = {title: figures.mean_curves(several) for title, several in runs.items()}
     add_coincidences(page, groups, runs)
     page.add("\n".join(f"- {line}" for line in sentences.over_fitting(means)))
-    page.conclude(sentences.fitting(means))
+    page.conclude("**Losses:**", sentences.fitting(means))
 
 
 def add_gaps(
@@ -361,7 +361,7 @@ def add_language_models(page: Page, groups: Groups) -> None:
     )
     means = {model: figures.mean_curves(curves) for model, curves in runs.items()}
     page.add("\n".join(f"- {line}" for line in sentences.over_fitting(means)))
-    page.conclude(f"**Language models:** {order}", better)
+    page.conclude(f"**Language models:** {order}", better, sentences.fitting(means))
 
 
 def add_texts(page: Page, groups: Groups) -> None:

@@ -33,7 +33,8 @@ img { max-width: 100% }
 @media screen { figure img { flex: 0 1 auto; max-width: min(100%, 450px) }
   figure .scroll img { max-width: none } }
 @media print { body { font-size: 11px; max-width: none; margin: 0 }
-  h1, h2 { break-after: avoid } figure, .scroll, pre, blockquote { break-inside: avoid }
+  details:not([open]) { display: none } h1, h2 { break-after: avoid }
+  figure, .scroll, pre, blockquote { break-inside: avoid }
   .scroll { max-height: none; overflow: visible } pre { white-space: pre-wrap; font-size: 8px }
   figure img { max-height: 20cm; max-width: 32% } figure .scroll img { max-width: 100% } }
 """

@@ -55,9 +55,12 @@ def seeds_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[floa
 
 
 def exceeds(gap: float, interval: tuple[float, float], chance: float | None) -> bool:
-    """Whether a gap is outside of both its interval and what another seed makes, if known."""
+    """Whether a gap is outside of its interval, and over twice what one other seed makes, if known.
+
+    Twice: what a single control shows may be small by luck.
+    """
     low, high = interval
-    return not low <= 0 <= high and (chance is None or abs(gap) > chance)
+    return not low <= 0 <= high and (chance is None or abs(gap) > 2 * chance)
 
 
 def image_gap(
@@ -77,11 +80,12 @@ def image_gap(
     )
     if low <= 0 <= high:
         return said + "which these images cannot tell from none."
+    said += "more than the images explain"
     if chance is None:
-        return said + "more than the images explain; what another seed makes was not measured."
+        return f"{said}; what another seed makes was not measured."
     if exceeds(gap, interval, chance):
-        return said + f"more than the images explain, and than another seed makes ({chance:.1f})."
-    return said + f"more than the images explain, but another seed makes as much ({chance:.1f})."
+        return f"{said}, and over twice what another seed makes ({chance:.1f})."
+    return f"{said}, but another seed makes {chance:.1f} points as well."
 
 
 def seeds_gap(title: str, other: str, gap: float, interval: tuple[float, float], count: int) -> str:
@@ -260,9 +264,7 @@ def fitting(trainings: Mapping[str, Curves]) -> str:
     """The conclusion on over-fitting."""
     verdicts = {name: fit(curves) for name, curves in trainings.items()}
     shown = [f"{name} {said}" for name, said in verdicts.items() if "over" in said or "div" in said]
-    if shown:
-        return f"**Over-fitting:** {listed(shown)}."
-    return f"**Over-fitting:** no sign of it in {listed([*trainings])}."
+    return f"{listed(shown)}." if shown else f"No sign of over-fitting in {listed([*trainings])}."
 
 
 def sizes(parameters: Sequence[int]) -> str:
