@@ -47,7 +47,7 @@ demo: $(VENV)/.run
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml resnet_main.py sample \
 	  --evaluate --resume $(DEMO)/model_best.pth
 	@$(BIN)/python -c 'from pathlib import Path; from engine.curves import *; \
-	  runs = {"ResNet-18": read_curves(Path("$(DEMO)/logs"))}; \
+	  runs = {"ResNet-18": [read_curves(Path("$(DEMO)/logs"))]}; \
 	  draw_curves(runs, ["Loss", "Acc@1"], Path("$(DEMO)/curves.png"))'
 	@echo
 	@echo "The best checkpoint:  $(DEMO)/model_best.pth"

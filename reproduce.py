@@ -2,12 +2,13 @@
 
     python reproduce.py                                  # built-in data: output/report/report.html
     python reproduce.py --data data/tiny-imagenet-200 --text data/wikitext-2 --epochs 30 \\
-        --text-epochs 6 --image-flags "-b 256 --lr 0.1" --output-dir output/full
+        --seeds 1 2 3 --image-flags "-b 256 --lr 0.1" --output-dir output/full
 
 Image classifiers are trained in each way that the machine allows (a CPU with one process, with
-four and in bf16, one GPU, four), language models of three kinds once each. The commands and what
-they printed are in logs/. Interrupted, the same command goes on: what is done is not done again.
-What fails is named, a command with its log, and the rest of the report still appears.
+four, with four parts of each batch and in bf16, one GPU, four), and once with another seed, to
+tell a difference from chance; language models of three kinds with two seeds. The commands and
+what they printed are in logs/. Interrupted, the same command goes on: what is done is not done
+again. What fails is named, a command with its log, and the rest of the report still appears.
 """
 
 from __future__ import annotations
@@ -17,25 +18,20 @@ from engine import stop  # before slow imports: see engine/stop.py
 # isort: split
 
 import argparse
-import base64
-import contextlib
 import hashlib
+import itertools
 import json
-import mimetypes
 import os
 import platform
 import re
 import shlex
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Any
 
-from engine.cli import ArgumentParser, UserError, nonempty, pathname, positive_int
+from engine.cli import ArgumentParser, non_negative_int, nonempty, pathname, positive_int
 
 SECTIONS = ("sizes", "images", "text")
 
@@ -46,11 +42,16 @@ def make_parser() -> ArgumentParser:
     # fmt: off
     add("--data", type=nonempty, default="sample", metavar="DIR", help="images for resnet_main.py")
     add("--text", type=nonempty, default="sample", metavar="DIR", help="corpus for lm_main.py")
-    add("--epochs", type=positive_int, default=4, metavar="N", help="of the image classifiers")
-    add("--text-epochs", type=positive_int, default=4, metavar="N", help="of the language models")
-    add("--image-flags", default="--stem stock -b 32 --lr 0.02 --lr-schedule cosine --seed 1",
-        metavar="FLAGS", help="more flags of resnet_main.py")
-    add("--text-flags", default="--seed 1111", metavar="FLAGS", help="more flags of lm_main.py")
+    add("--epochs", type=positive_int, default=10, metavar="N", help="of the image classifiers")
+    add("--text-epochs", type=positive_int, default=12, metavar="N",
+        help="of the language models: enough for validation to stop getting better")
+    add("--seeds", type=non_negative_int, nargs="+", default=[1], metavar="N",
+        help="every training is repeated with each; with one alone, one CPU training and the "
+        "language models with the next as well")
+    add("--image-flags", metavar="FLAGS", help="more flags of resnet_main.py",
+        default="--stem stock --image-size 32 -b 128 --lr 0.024 --lr-schedule cosine "
+        "--warmup-epochs 1")
+    add("--text-flags", default="", metavar="FLAGS", help="more flags of lm_main.py")
     add("--only", nargs="+", choices=SECTIONS, default=[*SECTIONS],
         help="parts to run; what the others have made stays for the next report")
     add("--output-dir", type=pathname, default=Path("output/report"), metavar="DIR",
@@ -63,164 +64,31 @@ if __name__ == "__main__":
     stop.check_flags(make_parser(), alone=True)
 
 
-import markdown
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import lm_main
 import resnet_main
-from diff_eval import SHEET
+from diff_eval import HEAD, LABEL, SHEET, THUMBNAIL
 from engine.curves import Curve, draw_curves, read_curves
-from engine.files import check_writable, writing
-from engine.launch import emulates_bf16
+from engine.files import writing
+from engine.intervals import wilson
 from image_classification.folders import find_images
+from image_classification.settings import has_stem
+from image_classification.sources import SAMPLE_CLASSES, resolve
+from lm_context import CSV as CONTEXT_CSV
 from lm_context import PICTURE as CONTEXT_PICTURE
+from report import figures, sentences
+from report.figures import Answers, Curves
+from report.page import Page, fenced, figure, folded, quoted, table
+from report.plan import CONTROL, WAYS, Groups, check_flags, grouped, image_trainings, text_trainings
+from report.sentences import spread
+from report.steps import Steps, script
+from word_language_model.checkpoint import load, read_spec, restore_model
 from word_language_model.data import corpus_files
 
-KIT = Path(__file__).resolve().parent
-TRAININGS = {
-    "cpu": "CPU, one process",
-    "cpu4": "CPU, four processes",
-    "cpu_bf16": "CPU, bf16",
-    "gpu1": "one GPU",
-    "gpu4": "four GPUs",
-}
-LANGUAGE_MODELS = {"Transformer": 5, "LSTM": 20, "CNN": 20}  # and their learning rates
-# Variables of a launcher, which may have started this script. Its commands must not see them.
-LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-# Flags of the trainings that are this script's to set, or whose files it would not find.
-OWN_FLAGS = {"data", "dummy", "model", "epochs", "evaluate", "dry_run", "resume", "overwrite"}
-OWN_FLAGS |= {"output_dir", "save", "log_dir", "onnx_export"}
-METRICS = {"Loss": 3, "Acc@1": 1, "Acc@5": 1}  # and their decimals
-STYLE = """
-body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse; font-size: 90% }
-td, th { border: 1px solid #bbb; padding: 3px 8px }
-pre { background: #f4f4f4; padding: 8px; white-space: pre-wrap } img { max-width: 100% }
-p:has(img) { max-height: 48em; overflow: auto }
-"""
-
-
-class Report:
-    """The commands that were run so far, kept in state.json, and the pages that they make."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.folder: Path = args.output_dir
-        self.pictures = self.folder / "report"
-        self.sections: list[str] = []
-        self.failures: list[str] = []  # of this call
-        check_writable(self.folder, "--output-dir")
-        own = ("output_dir", "only")  # may differ from call to call
-        settings = {key: value for key, value in vars(args).items() if key not in own}
-        self.state: dict[str, Any] = {"settings": settings, "files": {}, "steps": {}}
-        self.state_path = self.folder / "state.json"
-        if not self.state_path.exists():
-            if foreign := sorted(path.name for path in self.folder.iterdir()):
-                raise UserError(
-                    f"{self.folder} holds what this script did not write ({foreign[0]}): choose "
-                    "another --output-dir"
-                )
-            self.keep_state()
-        try:
-            self.state = json.loads(self.state_path.read_text())
-            before, known, _ = (self.state[key] for key in ("settings", "files", "steps"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.state_path} is damaged or another program's: move it away"
-            ) from error
-        for key, value in settings.items():
-            if (found := before.get(key)) != value:
-                raise UserError(
-                    f"{self.folder} holds a report made with --{key.replace('_', '-')} "
-                    f"{shlex.quote(str(found))}: repeat that, or choose another --output-dir"
-                )
-        for key, identity in identities(args).items():
-            if known.setdefault(key, identity) != identity:
-                raise UserError(
-                    f"{self.folder} is of other files in --{key}: choose another --output-dir"
-                )
-
-    def keep_state(self) -> None:
-        with writing(self.state_path) as temporary:
-            temporary.write_text(json.dumps(self.state, indent=1))
-
-    def add(self, *parts: str) -> None:
-        self.sections += parts
-
-    def attempt(self, part: Callable[..., None], *args: object) -> None:
-        """Let `part` add to the page; what fails there is named, and the page goes on after it."""
-        try:
-            part(self, *args)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            title = next(text for text in reversed(self.sections) if text.startswith("#"))
-            self.failures.append(f"{title.strip('# ')}: {reason}")
-            self.add(f"**What belongs here failed: {reason}.**")
-
-    def run(self, commands: Mapping[str, list[str]]) -> list[str]:
-        """Run the commands that are not done, and show all; returns the successful ones' names.
-
-        The page names a command that fails, and shows the last lines of its log.
-        """
-        self.add(fenced("\n".join(map(shlex.join, commands.values()))))
-        steps = self.state["steps"]
-        for name, command in commands.items():
-            shown, step = shlex.join(command), steps.setdefault(name, {"seconds": 0.0})
-            print(f"=> {shown}")
-            if (step.get("command"), step.get("code")) == (shown, 0):
-                print("   done before")
-                continue
-            started = time.time()
-            step |= {"command": shown, "code": -1}
-            try:
-                step["code"] = execute(command, self.log(name))
-            finally:  # a training that is stopped goes on later, and its time counts
-                step["seconds"] += time.time() - started
-                self.keep_state()
-            failure = f"failed with exit code {step['code']}: see {self.log(name)}"
-            print(f"   {failure}" if step["code"] else f"   {step['seconds']:.0f} s")
-            if step["code"]:
-                self.failures.append(f"{name} {failure}")
-                last = self.log(name).read_text("utf-8", "replace").splitlines()[-5:]
-                self.add(f"**{name} {failure}.** It ends with:", fenced("\n".join(last)))
-        return [name for name in commands if steps[name]["code"] == 0]
-
-    def log(self, name: str) -> Path:
-        return self.folder / "logs" / f"{name}.log"
-
-    def saved(self, model: str) -> Path:
-        return self.folder / f"{model.lower()}.pt"
-
-    def output(self, name: str, start: str) -> str:
-        """What a command said last, from the line that begins with `start`, without its files."""
-        text = "\n" + self.log(name).read_text("utf-8", "replace")
-        return text[text.rindex(f"\n{start}") :].strip("\n").partition("\n=> ")[0]
-
-    def write(self) -> Path:
-        """Write report.md, and with all pictures in it report.html."""
-        text = "\n\n".join(self.sections) + "\n"
-        with writing(self.folder / "report.md") as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        body = markdown.markdown(text, extensions=["tables", "fenced_code"])
-
-        def embed(match: re.Match[str]) -> str:
-            path = self.folder / match[1]
-            if not path.is_file():
-                return match[0]
-            kind = mimetypes.guess_type(path)[0]
-            return f'src="data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"'
-
-        body = re.sub('src="([^"]+)"', embed, body)
-        path = self.folder / "report.html"
-        with writing(path) as temporary:
-            temporary.write_text(
-                "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-                f"<title>Report</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n",
-                encoding="utf-8",
-            )
-        return path
+METRICS = ("Loss", "Acc@1", "Acc@5")
+SHEET_LINES = 4  # of a contact sheet, that the page shows
 
 
 def identities(args: argparse.Namespace) -> dict[str, str]:
@@ -233,236 +101,365 @@ def identities(args: argparse.Namespace) -> dict[str, str]:
     return {key: hashlib.sha256(repr(s).encode()).hexdigest()[:24] for key, s in sizes.items() if s}
 
 
-def refuse_own_flags(flag: str, text: str, training: ModuleType) -> None:
-    """Raise `UserError` unless `text`, which is of `flag`, is flags of `training` and not OWN."""
-    parser: ArgumentParser = training.make_parser()
-    parser.prog = f"{training.__name__}.py"
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS  # so that what is parsed is what is given
-    try:
-        given = vars(parser.parse_args(shlex.split(text), argparse.Namespace()))
-        for name in sorted(OWN_FLAGS & given.keys()):
-            raise ValueError(f"reproduce.py sets --{name.replace('_', '-')} itself: leave it out")
-    except (UserError, ValueError) as error:  # the latter also of a quotation mark not closed
-        raise UserError(f"{flag} {shlex.quote(text)}: {error}") from error
+def first(runs: Mapping[int, str]) -> str:
+    """The training of the first seed."""
+    return next(iter(runs.values()))
 
 
-def execute(command: list[str], log: Path) -> int:
-    """Run a command of the kit, its output added to `log`; returns its exit code.
+def best_epoch(curve: Curve, choose: Callable[..., int] = min) -> int:
+    return choose(curve, key=lambda epoch: curve[epoch])
 
-    Raises:
-        Stopped: when a signal came; the command has been stopped as well, in order.
-    """
-    program, *rest = command
-    launcher = ["-m", "accelerate.commands.launch"] if program == "accelerate" else []
-    argv = [sys.executable, *launcher, *rest[1 if launcher else 0 :]]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
-    with log.open("a") as output:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=environment,
-            start_new_session=True,
+
+def add_sizes(page: Page, args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+    page.add("## 1. The sizes inside the network that is trained")
+    checkpoint = page.folder / f"cpu-seed{args.seeds[0]}" / "checkpoint.pth"
+    if checkpoint.exists():
+        flags = ["--checkpoint", checkpoint]
+    else:
+        classes = len(SAMPLE_CLASSES)
+        if args.data != "sample":
+            classes = len(find_images(resolve(args.data, download=False)).classes)
+        flags = ["--num-classes", classes, "--arch", settings["arch"]]
+        flags += ["--image-size", settings["image_size"]]
+        flags += ["--stem", settings["stem"]] if has_stem(settings["arch"]) else []
+    if page.run({"sizes": script("model_summary.py", *flags)}):
+        page.add(fenced(page.steps.output("sizes", "=====").partition("\n")[2]))
+
+
+def add_images(
+    page: Page, commands: dict[str, list[str]], trained: list[str], args: argparse.Namespace
+) -> None:
+    page.add("## 2. Trainings over each other")
+    page.show(commands)
+    ways = {name.rpartition("-seed")[0] for name in commands}
+    lines = [f"- **{way.title}**: {way.what}" for name, way in WAYS.items() if name in ways]
+    if len(args.seeds) == 1:
+        lines.insert(1, f"- **{CONTROL}**: differs from the reference in nothing but its seed")
+    page.add("\n".join(lines))
+    if missing := [way.title for name, way in WAYS.items() if name not in ways]:
+        page.add(f"Not on this machine: {', '.join(missing)}.")
+    if not trained:
+        return
+    groups = grouped(trained, args)
+    answers: Answers | None = page.attempt(Answers, groups, args.data)
+    page.attempt(add_trainings, groups, answers, len(args.seeds))
+    page.add("## 3. Is it the hardware, or would another seed do the same?")
+    if answers:
+        page.attempt(add_disagreements, answers)
+    add_sheets(page, groups, args.data)
+
+
+def add_curves(page: Page, groups: Groups) -> dict[str, list[Curves]]:
+    """The three panels; returns the curves of each title."""
+    runs: dict[str, list[Curves]] = {
+        title: [read_curves(page.folder / name / "logs") for name in names.values()]
+        for title, names in groups.items()
+    }
+    pictures = {
+        f"{metric} by epoch": f"{metric.replace('@', '')}.png".lower() for metric in METRICS
+    }
+    for metric, file in zip(METRICS, pictures.values(), strict=True):
+        draw_curves(runs, [metric], page.pictures / file)
+    band = " Bands reach from the least to the greatest seed." * any(
+        len(r) > 1 for r in runs.values()
+    )
+    page.add(
+        figure(
+            "Solid: validation images; dashed: training images, whose crops and flips make them "
+            f"harder, in the mean of an epoch in which the model gets better.{band} Where solid "
+            "lines cross each other from epoch to epoch, their order at the end means little.",
+            pictures,
         )
-        try:
-            # On a terminal: for how long it has run, and what it says.
-            with tqdm(bar_format="   {elapsed} {desc}", leave=False, disable=None) as progress:
-                while process.poll() is None:
-                    *_, last = ["", *log.read_text("utf-8", "replace").splitlines()]
-                    progress.set_description_str(last[:90])
-                    time.sleep(0.2)
-            return process.returncode
-        except stop.Stopped:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-            # A launcher ends at once, its training only after it has saved a checkpoint.
-            with contextlib.suppress(ProcessLookupError):
-                for _ in range(300):
-                    os.killpg(process.pid, 0)
-                    time.sleep(0.1)
-            raise
-
-
-def script(name: str, *flags: object) -> list[str]:
-    return ["python", os.path.relpath(KIT / name), *map(str, flags)]
-
-
-def launched(config: str, name: str, *flags: object) -> list[str]:
-    # Any free port: several runs can share a machine.
-    port = ["--main_process_port", "0"] if "4" in config else []
-    yaml = os.path.relpath(KIT / "accelerate_configs" / f"{config}.yaml")
-    return ["accelerate", "launch", "--config_file", yaml, *port, *script(name, *flags)[1:]]
-
-
-def fenced(text: str) -> str:
-    return f"```text\n{text}\n```"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def over_fitting(runs: Mapping[str, dict[str, Curve]]) -> str:
-    """Whose validation loss rises from its least by over 1 % while the training loss falls."""
-    found = []
-    for name, curves in runs.items():
-        train, val = curves["Loss/train"], curves["Loss/val"]
-        least, last = min(val, key=lambda epoch: val[epoch]), max(val)
-        if val[last] > 1.01 * val[least] and train[last] < train[least]:
-            found.append(
-                f"{name} **over-fits** after epoch {least}: its validation loss rises from "
-                f"{val[least]:.3f} to {val[last]:.3f} while its training loss falls from "
-                f"{train[least]:.3f} to {train[last]:.3f}."
-            )
-    return "\n".join(found) or "None of them over-fits."
-
-
-def last_figures(curves: dict[str, Curve]) -> list[str]:
-    """A row of the table: the best epoch, each metric's figures at the last, the gap of Acc@1."""
-    acc1 = curves["Acc@1/val"]
-    best, last = max(acc1, key=lambda epoch: acc1[epoch]), max(acc1)
-    train, val = ({m: curves[f"{m}/{split}"][last] for m in METRICS} for split in ("train", "val"))
-    return [
-        f"{best} ({acc1[best]:.1f})",
-        *(f"{train[m]:.{digits}f} / {val[m]:.{digits}f}" for m, digits in METRICS.items()),
-        f"{train['Acc@1'] - val['Acc@1']:+.1f}",
-    ]
-
-
-def add_sizes(report: Report) -> None:
-    report.add("## 1. The sizes inside a ResNet-18")
-    if report.run({"sizes": script("model_summary.py")}):
-        report.add(fenced(report.output("sizes", "resnet18, ")))
-
-
-def add_trainings(report: Report) -> list[str]:
-    """Train in every way that the machine allows; returns the names of the successful ones."""
-    args = report.args
-    bf16 = not emulates_bf16(torch.device("cpu"))
-    gpus = torch.cuda.device_count()
-    allowed = ["cpu", "cpu4", *["cpu_bf16"] * bf16, *["gpu1"] * (gpus > 0), *["gpu4"] * (gpus > 3)]
-    flags = [args.data, "--epochs", args.epochs, *shlex.split(args.image_flags)]
-    flags += ["--resume", "auto", "--output-dir"]
-    report.add("## 2. Trainings over each other")
-    done = report.run(
-        {name: launched(name, "resnet_main.py", *flags, report.folder / name) for name in allowed}
     )
-    if missing := [title for name, title in TRAININGS.items() if name not in allowed]:
-        report.add(f"Not on this machine: {', '.join(missing)}.")
-    return done
+    return runs
 
 
-def add_curves(report: Report, done: list[str]) -> None:
-    runs = {TRAININGS[name]: read_curves(report.folder / name / "logs") for name in done}
-    draw_curves(runs, METRICS, report.pictures / "curves.png")
-    report.add(
-        f"![{', '.join(METRICS)} by epoch](report/curves.png)",
-        "Dashed lines are the training images, whose crops and flips make them harder, solid ones "
-        "the validation images. Epochs count from 0. The table has the last epoch's figures, "
-        "training / validation. Of four processes each normalises its own quarter of a batch by "
-        "that quarter's mean and variance (on GPUs `--sync-bn` shares them).",
-    )
+def add_trainings(page: Page, groups: Groups, answers: Answers | None, seeds: int) -> None:
+    runs = add_curves(page, groups)
+    count = len(answers.targets) if answers else 0
     rows = []
-    for name, (title, curves) in zip(done, runs.items(), strict=True):
-        rates = curves["Throughput/train"].values()
-        seconds = report.state["steps"][name]["seconds"]
-        cost = [f"{seconds:.0f} s", f"{sum(rates) / len(rates):.0f}"]
-        rows.append([title, *last_figures(curves), *cost])
-    head = ["training", "best epoch (Acc@1)", *METRICS, "gap of Acc@1", "time", "images/s"]
-    report.add(table(head, rows), over_fitting(runs))
+    for title, several in runs.items():
+        mean = figures.mean_curves(several)
+        acc1 = [figures.last(run["Acc@1/val"]) for run in several]
+        loss, acc5 = figures.last(mean["Loss/val"]), figures.last(mean["Acc@5/val"])
+        best = best_epoch(mean["Acc@1/val"], max)
+        share = figures.last(mean["Acc@1/val"]) / 100
+        interval = [100 * end for end in wilson(round(share * count), count)] if count else []
+        rates = [rate for run in several for rate in run["Throughput/train"].values()]
+        seconds = sum(map(page.steps.seconds, groups[title].values())) / len(several)
+        rows.append(
+            [
+                *(title, spread(acc1, 1), " to ".join(f"{end:.1f}" for end in interval)),
+                f"{figures.last(mean['Acc@1/train']):.1f}",
+                *(f"{acc5:.1f}", f"{figures.last(mean['Loss/train']):.3f} / {loss:.3f}"),
+                *(best, f"{seconds:.0f} s", f"{sum(rates) / len(rates):.0f}"),
+            ]
+        )
+    head = ["training", "Acc@1", "95 % interval", "Acc@1 in training", "Acc@5"]
+    page.add(table([*head, "loss: training / validation", "best epoch", "time", "images/s"], rows))
+    page.add(
+        "Figures of the last epoch (epochs count from 0), in the mean of the seeds where there are "
+        "several. The interval is Wilson's: what other images of the same kind would give."
+    )
+    add_gaps(page, runs, answers, seeds)
+    means = {title: figures.mean_curves(several) for title, several in runs.items()}
+    add_coincidences(page, groups, runs)
+    page.add("\n".join(f"- {line}" for line in sentences.over_fitting(means)))
+    page.conclude("**Losses:**", sentences.fitting(means))
 
 
-def add_disagreements(report: Report, trained: list[str]) -> None:
-    report.add("## 3. The images on which two of them disagree")
-    first, last = (report.folder / name / "model_best.pth" for name in (trained[0], trained[-1]))
-    both, wrong = "Images with both models' predictions", "What the last of them gets wrong"
-    if len(trained) > 1:
-        report.attempt(add_sheet, "disagreements", both, first, last)
-    report.attempt(add_sheet, "misclassified", wrong, "--misclassified", last)
+def add_gaps(
+    page: Page, runs: Mapping[str, list[Curves]], answers: Answers | None, seeds: int
+) -> None:
+    """Which gaps of Acc@1 are larger than images and seeds explain."""
+    reference, *others = runs
+    has_control = CONTROL in runs and reference == WAYS["cpu"].title
+    control = answers.gap(CONTROL, reference) if answers and has_control else None
+    beyond: dict[str, float] = {}
+    within: dict[str, float] = {}
+    said: list[str] = []
+    for title in (title for title in others if title != CONTROL):
+        acc1 = [[figures.last(run["Acc@1/val"]) for run in runs[t]] for t in (title, reference)]
+        if interval := sentences.seeds_interval(*acc1) if seeds > 1 else None:
+            gap, chance = sum(acc1[0]) / len(acc1[0]) - sum(acc1[1]) / len(acc1[1]), None
+            said.append(sentences.seeds_gap(title, reference, gap, interval, seeds))
+        elif answers and (found := answers.gap(title, reference)):
+            (gap, interval), chance = found, abs(control[0]) if control else None
+            said.append(sentences.image_gap(title, reference, gap, interval, chance))
+        else:
+            continue
+        (beyond if sentences.exceeds(gap, interval, chance) else within)[title] = gap
+    processes, parts = (WAYS[way].title for way in ("cpu4", "parts4"))
+    gaps = beyond | within
+    if processes in beyond and parts in gaps:
+        said.append(sentences.cause(gaps[processes], gaps[parts]))
+    if control:
+        said.append(sentences.two_seeds(*control))
+    page.add("\n".join(f"- {line}" for line in said))
+    if others:
+        page.conclude(sentences.accuracy(beyond, within, reference, seeds))
 
 
-def add_sheet(report: Report, name: str, title: str, *flags: object) -> None:
-    """Compare models; the contact sheet becomes a small JPEG."""
-    folder = report.folder / name
-    flags = (*flags, "--data", report.args.data, "--output-dir", folder)
-    if report.run({name: script("diff_eval.py", *flags)}):
-        path = report.pictures / f"{name}.jpg"
-        with Image.open(folder / SHEET) as sheet, writing(path) as temporary:
-            sheet.save(temporary, "JPEG", quality=80)
-        report.add(fenced(report.output(name, "=> classes")))
-        report.add(f"{title}, the surest first:", f"![{title}](report/{path.name})")
+def add_coincidences(page: Page, groups: Groups, runs: Mapping[str, list[Curves]]) -> None:
+    """Which curves are the same; of four processes and four parts it is said in any case."""
+    reference, *_ = runs
+    seeds = figures.farthest([*runs[reference], *runs.get(CONTROL, [])], "Loss/val")
+    expected = {WAYS["cpu4"].title, WAYS["parts4"].title}
+    of = {title: dict(zip(groups[title], runs[title], strict=True)) for title in runs}
+    for one, other in itertools.combinations(of, 2):
+        both = of[one].keys() & of[other].keys()  # none with the control
+        pairs = [figures.apart(of[one][s], of[other][s], "Loss/val") for s in both]
+        distances = [max(after) for after in zip(*pairs, strict=True)]
+        if not distances:
+            continue
+        level = figures.last(runs[one][0]["Loss/val"])
+        if sentences.is_near(max(distances), seeds, level) or {one, other} == expected:
+            page.add(sentences.coincidence(one, other, distances, seeds, level))
 
 
-def add_language_models(report: Report) -> list[str]:
-    """Train the language models; returns those whose training was successful."""
-    args = report.args
-    config = "cpu" if emulates_bf16(torch.device("cpu")) else "cpu_bf16"
-    if torch.cuda.is_available():
-        config = "gpu1"
-    trainings = {}
-    for model, lr in LANGUAGE_MODELS.items():
-        flags = ["--data", args.text, "--model", model, "--lr", lr, "--epochs", args.text_epochs]
-        flags += [*shlex.split(args.text_flags), "--resume", "auto", "--save", report.saved(model)]
-        trainings[model] = launched(config, "lm_main.py", *flags)
-    report.add("## 4. Language models")
-    return report.run(trainings)
+def add_disagreements(page: Page, answers: Answers) -> None:
+    page.show(answers.commands)
+    of = {title: found for title, found in answers.of.items() if found}
+    titles = [*of]
+    if len(titles) < 2:
+        return
+    shares = {(one, other): figures.disagreement(of[one], of[other]) for one in of for other in of}
+    page.add("Per cent of the validation images on which two trainings give different answers:")
+    rows = []
+    for one in titles:
+        cells = ["" if (s := shares[one, o]) is None else f"{100 * s:.1f}" for o in titles]
+        rows.append([f"**{one}**", *cells])
+    page.add(table(["", *titles], rows))
+    page.add(
+        "Trainings of the same seed are compared where they have one, in the mean of all seeds; "
+        "the diagonal has two seeds of the same training, where there are two. Each answer is that "
+        "of the last epoch's model, computed in float32."
+    )
+    reference, *others = titles
+    seeds = shares[reference, CONTROL if CONTROL in of else reference]
+    count, said = len(answers.targets), []
+    compared = {t: s for t in others if t != CONTROL and (s := shares[t, reference]) is not None}
+    for title, share in compared.items():
+        said.append(sentences.disagreement(title, reference, share, seeds, count))
+    page.add("\n".join(f"- {line}" for line in said))
+    if compared:
+        page.conclude(sentences.disagreements(compared, reference, seeds, count))
 
 
-def add_text_curves(report: Report, done: list[str]) -> None:
-    rows, runs = [], {}
-    for model in done:
-        curves = runs[model] = read_curves(report.saved(model).with_suffix(".logs"))
-        valid, end = curves["Perplexity/val"], report.output(model, "| End of training")
-        least = min(valid, key=lambda epoch: valid[epoch])
-        test = re.findall(r"test ppl +(\S+)", end)[0]
-        seconds = report.state["steps"][model]["seconds"]
-        rows.append([model, least, f"{valid[least]:.2f}", test, f"{seconds:.0f} s"])
-    head = ["model", "best epoch", "validation perplexity", "test perplexity", "time"]
-    draw_curves(runs, ["Loss"], report.pictures / "text_curves.png")
-    picture = "![Loss by epoch](report/text_curves.png)"
-    report.add(table(head, rows), picture, over_fitting(runs))
-    report.add("A text of each, drawn word by word:")
+def add_sheets(page: Page, groups: Groups, data: str) -> None:
+    """What two of the models see differently, and what the last of them gets wrong."""
+    named = {title: first(runs) for title, runs in groups.items() if title != CONTROL}
+    (one, *_), (*_, other) = named, named
+    a, b = (page.folder / named[title] / "checkpoint.pth" for title in (one, other))
+    if one != other:
+        caption = f"Images on which {one} (a) and {other} (b) disagree"
+        page.attempt(add_sheet, "disagreements", caption, data, a, b)
+    page.attempt(add_sheet, "misclassified", f"What {other} gets wrong", data, "--misclassified", b)
 
 
-def add_text(report: Report, model: str) -> None:
-    path = report.saved(model).with_suffix(".txt")
-    flags = ["--checkpoint", report.saved(model), "--words", 60, "--outf", path]
-    if report.run({f"{model} sample": script("lm_generate.py", *flags)}):
-        report.add(fenced(path.read_text("utf-8").replace("<eos>", "\n").strip()))
+def add_sheet(page: Page, name: str, title: str, data: str, *flags: object) -> None:
+    """Compare models; the first lines of the contact sheet become a small JPEG."""
+    folder = page.folder / name
+    flags = (*flags, "--data", data, "--output-dir", folder)
+    if not page.run({name: script("diff_eval.py", *flags)}):
+        return
+    path = page.pictures / f"{name}.jpg"
+    with Image.open(folder / SHEET) as sheet, writing(path) as temporary:
+        height = min(sheet.height, HEAD + SHEET_LINES * (THUMBNAIL + 8 + LABEL))
+        sheet.crop((0, 0, sheet.width, height)).save(temporary, "JPEG", quality=80)
+    said = page.steps.output(name, "=> classes").splitlines()
+    classes = said[0].removeprefix("=> ")
+    page.add(
+        figure(
+            f"{title}, of {classes}: the surest answers first, at most {SHEET_LINES} lines of "
+            f"them; all images lie in {folder}. Green answers are right. Look for what the wrong "
+            "ones have in common.",
+            {title: path.name},
+        )
+    )
+    comparison = folder / "comparison.json"
+    if "--misclassified" not in flags and comparison.exists():
+        page.add(json.loads(comparison.read_text("utf-8"))["sentence"])
 
 
-def add_graph(report: Report) -> None:
-    report.add("## 5. The Transformer's graph")
-    path = report.pictures / "transformer.svg"
-    flags = ["--checkpoint", report.saved("Transformer"), "--output", path]
-    if report.run({"graph": script("export_graph.py", *flags)}):
+def add_language_models(page: Page, groups: Groups) -> None:
+    rows, runs, costs, tests, valid = [], {}, {}, {}, {}
+    for model, names in groups.items():
+        curves = [read_curves(page.folder / f"{name.lower()}.logs") for name in names.values()]
+        mean = figures.mean_curves(curves)
+        runs[model], valid[model] = curves, mean["Perplexity/val"]
+        ends = [page.steps.output(name, "| End of training") for name in names.values()]
+        tests[model] = [float(re.findall(r"test ppl +(\S+)", end)[0]) for end in ends]
+        checkpoint = load(page.folder / f"{first(names).lower()}.pt")
+        bptt = checkpoint.value("bptt", int) or 35
+        cost = costs[model] = figures.cost(restore_model(checkpoint)[0], bptt)
+        seconds = sum(map(page.steps.seconds, names.values())) / len(names)
+        least = best_epoch(valid[model])
+        sizes = [f"{n:,}" for n in (cost.parameters, cost.in_layers, cost.multiply_adds)]
+        best = [min(run["Perplexity/val"].values()) for run in curves]
+        rows.append([model, *sizes, least, spread(best, 1), spread(tests[model], 1)])
+        rows[-1].append(f"{seconds:.0f} s")
+    head = ["model", "parameters", "in the layers", "multiply-adds a word", "best epoch"]
+    page.add(table([*head, "validation perplexity", "test perplexity", "time"], rows))
+    page.add(
+        "Means of the seeds, and from the least to the greatest. Parameters outside of the layers "
+        "are the words' embeddings and the decoder's. Epochs count from 1; the test perplexity is "
+        "the best epoch's model's."
+    )
+    order, better = sentences.ranking(tests), sentences.improving(valid)
+    page.add(sentences.sizes([cost.parameters for cost in costs.values()]), order, better)
+    draw_curves(runs, ["Loss"], page.pictures / "text_loss.png")
+    draw_curves(runs, ["Perplexity"], page.pictures / "text_perplexity.png")
+    page.add(
+        figure(
+            "Solid: validation text; dashed: training text, with dropout and in the mean of an "
+            "epoch in which the model gets better. A flat solid line: more epochs bring nothing. "
+            "Below it a dashed line that goes on falling: the model learns its training text by "
+            "heart.",
+            {"Loss by epoch": "text_loss.png", "Perplexity by epoch": "text_perplexity.png"},
+        )
+    )
+    means = {model: figures.mean_curves(curves) for model, curves in runs.items()}
+    page.add("\n".join(f"- {line}" for line in sentences.over_fitting(means)))
+    page.conclude(f"**Language models:** {order}", better, sentences.fitting(means))
+
+
+def add_texts(page: Page, groups: Groups) -> None:
+    page.add("A text of each, drawn word by word:")
+    paths = {m: page.folder / f"{first(names).lower()}.txt" for m, names in groups.items()}
+    commands = {}
+    for model, path in paths.items():
+        flags = ["--checkpoint", path.with_suffix(".pt"), "--words", 60, "--outf", path]
+        commands[f"{model} sample"] = script("lm_generate.py", *flags)
+    for name in page.run(commands):
+        model = name.removesuffix(" sample")
+        page.attempt(add_text, model, paths[model])
+
+
+def add_text(page: Page, model: str, path: Path) -> None:
+    page.add(f"{model}:", quoted(path.read_text("utf-8")))
+
+
+def add_graph(page: Page, name: str) -> None:
+    page.add("## 5. The Transformer's graph")
+    path = page.pictures / "transformer.svg"
+    flags = ["--checkpoint", page.folder / f"{name.lower()}.pt", "--output", path]
+    if page.run({"graph": script("export_graph.py", *flags)}):
         if path.exists():
-            report.add(f"![The Transformer's autograd graph](report/{path.name})")
+            caption = "Every parameter under its name (blue), and what carries gradients back."
+            page.add(figure(caption, {"The Transformer's autograd graph": path.name}))
         else:  # for want of Graphviz, which the line tells how to install
-            report.add(
-                "[Its source](report/transformer.gv):", fenced(report.output("graph", "=> "))
-            )
+            said = fenced(page.steps.output("graph", "=> "))
+            page.add("[Its source](report/transformer.gv):", said)
 
 
-def add_context(report: Report, models: list[str]) -> None:
-    report.add("## 6. How do they differ in capturing context?")
-    flags = [*map(report.saved, models), "--data", report.args.text]
-    flags += ["--output-dir", report.pictures]
-    if report.run({"context": script("lm_context.py", *flags)}):
-        figures, findings = report.output("context", "Loss of ").split("\n\n")
-        report.add(f"![Loss by context, influence by distance](report/{CONTEXT_PICTURE})")
-        report.add(fenced(figures), *findings.splitlines())
+def add_context(page: Page, groups: Groups, text: str) -> None:
+    page.add("## 6. How do they differ in capturing context?")
+    models = {model: page.folder / f"{first(of).lower()}.pt" for model, of in groups.items()}
+    flags = [*models.values(), "--data", text, "--output-dir", page.pictures]
+    if not page.run({"context": script("lm_context.py", *flags)}):
+        return
+    said = page.steps.output("context", "Loss of ")
+    shown, _, findings = said.partition("\n\n")
+    found = figures.read_contexts(page.pictures / CONTEXT_CSV)
+    rows = []
+    for model, path in models.items():
+        checkpoint = load(path)
+        spec, window = read_spec(checkpoint), checkpoint.value("bptt", int) or 35
+        cost = figures.cost(restore_model(checkpoint)[0], window)
+        can = sentences.reach(model, spec.nlayers, window, spec.kernel_size)
+        measured = f"{found[model]['effective context']:.0f} of {found[model]['most']:.0f}"
+        costs = [f"{cost.in_layers:,}", f"{cost.multiply_adds:,}"]
+        rows.append([model, *can, *costs, measured, f"{found[model]['loss']:.3f}"])
+    answer = sentences.context(found)
+    page.add(f"{sentences.allowed([*models])} {answer}")
+    head = ["model", "can see", "steps to a prediction", "weights of the words seen"]
+    head += ["parameters in its layers", "multiply-adds a word", "words it needs", "loss (nats)"]
+    page.add(table(head, rows))
+    page.add(
+        "Measured are the words that a model needs to come within 1 % of its lowest loss, of those "
+        "that it was shown, and its loss with all of them; the rest follows from its architecture."
+    )
+    caption = (
+        "Left: the loss of a word by how many words before it a model was shown; where a line "
+        "becomes flat, the model makes nothing of more. Right: the rise of its loss when only the "
+        "nearest words are in order; where it is zero, the order of words further back is nothing "
+        "to the model. Bands are 95 % intervals."
+    )
+    page.add(figure(caption, {"Loss by context, and by words in order": CONTEXT_PICTURE}))
+    page.add(fenced(shown), "\n".join(f"- {line}" for line in findings.splitlines()))
+    page.conclude("**Context:**", answer)
+
+
+def add_head(page: Page, args: argparse.Namespace, shaping: Mapping[str, Any]) -> None:
+    flags: list[object] = []
+    for name, value in shaping.items():
+        flag = f"--{name.replace('_', '-')}"
+        flags += [flag, *value] if isinstance(value, list) else [f"{flag}={value}"]
+    flags += ["--only", *args.only] if args.only != [*SECTIONS] else []
+    if args.output_dir != make_parser().get_default("output_dir"):
+        flags += ["--output-dir", args.output_dir]
+    gpus = torch.cuda.device_count()
+    page.add(
+        "# Report",
+        f"Images: `{args.data}`; text: `{args.text}`. On {os.cpu_count()} CPU cores and "
+        f"{gpus or 'no'} GPU{'s' * (gpus != 1)}, with torch {torch.__version__} and Python "
+        f"{platform.python_version()}.",
+        folded(
+            "the command that made this page", fenced(shlex.join(script("reproduce.py", *flags)))
+        ),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse(argv)
-    refuse_own_flags("--image-flags", args.image_flags, resnet_main)
-    refuse_own_flags("--text-flags", args.text_flags, lm_main)
-    report = Report(args)
+    args.seeds = [*dict.fromkeys(args.seeds)]
+    image_settings = check_flags("--image-flags", args.image_flags, resnet_main)
+    text_settings = check_flags("--text-flags", args.text_flags, lm_main)
+    own = ("output_dir", "only", "local_rank")  # may differ from call to call
+    shaping = {key: value for key, value in vars(args).items() if key not in own}
+    page = Page(Steps(args.output_dir, shaping, identities(args)))
+    add_head(page, args, shaping)
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise stop.Stopped(signum)
@@ -470,39 +467,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     for signum in stop.STOP_SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup's
             signal.signal(signum, interrupt)
-    gpus = torch.cuda.device_count()
-    flags = [
-        f"--{name.replace('_', '-')}={value}" for name, value in report.state["settings"].items()
-    ]
-    flags += ["--only", *args.only] if args.only != [*SECTIONS] else []
-    report.add(
-        "# Report",
-        f"Images: `{args.data}`; text: `{args.text}`. On {os.cpu_count()} CPU cores and "
-        f"{gpus or 'no'} GPU{'s' * (gpus != 1)}, with torch {torch.__version__} and Python "
-        f"{platform.python_version()}. This page and all that is in it was made by",
-        fenced(shlex.join([*script("reproduce.py"), *flags])),
-    )
     try:
+        images = image_trainings(args) if "images" in args.only else {}
+        texts = text_trainings(args, text_settings) if "text" in args.only else {}
+        if images or texts:
+            print(
+                f"=> {len(images)} image trainings of {args.epochs} epochs and {len(texts)} "
+                f"language models of {args.text_epochs}; their first epochs tell how long"
+            )
+        trained = page.steps.run(images, args.epochs)  # before section 1, which looks into one
         if "sizes" in args.only:
-            report.attempt(add_sizes)
-        if "images" in args.only and (trained := add_trainings(report)):
-            report.attempt(add_curves, trained)
-            report.attempt(add_disagreements, trained)
-        if "text" in args.only and (models := add_language_models(report)):
-            report.attempt(add_text_curves, models)
-            for model in models:
-                report.attempt(add_text, model)
-            if "Transformer" in models:
-                report.attempt(add_graph)
-            report.attempt(add_context, models)
+            page.attempt(add_sizes, args, image_settings)
+        if images:
+            add_images(page, images, trained, args)
+        models = page.steps.run(texts, args.text_epochs)
+        if texts:
+            page.add("## 4. Language models of the same size")
+            page.show(texts)
+        if models:
+            groups = grouped(models, args)
+            page.attempt(add_language_models, groups)
+            page.attempt(add_texts, groups)
+            if "Transformer" in groups:
+                page.attempt(add_graph, first(groups["Transformer"]))
+            page.attempt(add_context, groups, args.text)
     except stop.Stopped as stopped:
         print(f"=> {stopped}: the same command goes on from here")
         stop.leave(stop.EXIT_STOPPED)
-    path = report.write()
-    for failure in report.failures:
+    page.write()
+    failures = [*page.steps.failures, *page.failures]
+    for failure in failures:
         print(f"=> {failure}")
-    print(f"=> open {path}")
-    if report.failures:
+    print(f"=> open {page.folder / 'report.html'}")
+    if failures:
         stop.leave(1)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -19,20 +21,54 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
-def draw_curves(runs: Mapping[str, dict[str, Curve]], metrics: Collection[str], path: Path) -> None:
-    """Draw the curves of several runs over each other into a PNG file, a panel for each metric."""
+def draw_curves(
+    trainings: Mapping[str, Sequence[Mapping[str, Curve]]], metrics: Collection[str], path: Path
+) -> None:
+    """Draw curves over each other into a PNG file, a panel for each metric.
+
+    Of several runs of a training the mean is drawn, and a band from the least to the greatest. A
+    value far from the others, as of a first epoch that goes wrong, is written at the panel's edge.
+    """
     figure = Figure(figsize=(5 * len(metrics), 4), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
-        for number, (name, curves) in enumerate(runs.items()):
+        drawn: list[tuple[int, float]] = []
+        for number, (name, runs) in enumerate(trainings.items()):
             for split, style in (("train", "--"), ("val", "-")):
-                points = curves.get(f"{metric}/{split}", {})
+                curves = [run.get(f"{metric}/{split}", {}) for run in runs]
+                epochs = [epoch for epoch in curves[0] if all(epoch in c for c in curves)]
+                values = [[curve[epoch] for curve in curves] for epoch in epochs]
+                means = [*map(statistics.fmean, values)]
+                drawn += zip(epochs, means, strict=True)
                 marks = {"c": f"C{number}", "ls": style, "marker": ".", "alpha": 0.8}
-                axes.plot([*points], [*points.values()], label=f"{name}, {split}", **marks)
-        axes.set(title=metric, xlabel="epoch")
+                axes.plot(epochs, means, label=name if split == "val" else None, **marks)
+                if len(runs) > 1 and split == "val":
+                    band = ([*map(min, values)], [*map(max, values)])
+                    axes.fill_between(epochs, *band, color=f"C{number}", alpha=0.2, lw=0)
+        if limits := usual_limits(value for _, value in drawn):
+            axes.set_ylim(*limits)
+            beyond = sorted(point for point in drawn if point[1] > limits[1])
+            for epoch, value in dict(beyond).items():  # of several the greatest
+                axes.annotate(
+                    f"{value:.3g} ↑", (epoch, limits[1]), ha="center", va="top", size="x-small"
+                )
+        axes.set(title=f"{metric} (dashed: in training)", xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
+
+
+def usual_limits(values: Iterable[float]) -> tuple[float, float] | None:
+    """Limits of a panel that a few large values would squeeze; None where none does."""
+    finite = sorted(filter(math.isfinite, values))
+    if len(finite) < 4:
+        return None
+    low, _, high = statistics.quantiles(finite, n=4, method="inclusive")
+    usual = [value for value in finite if value <= high + 3 * (high - low)]
+    if low == high or len(usual) == len(finite):
+        return None
+    margin = 0.05 * (usual[-1] - usual[0])
+    return usual[0] - margin, usual[-1] + margin

@@ -8,6 +8,7 @@ from kit import KIT
 
 # What a folder's modules may import beside their own folder.
 BELOW = {"engine": (), "image_classification": ("engine",), "word_language_model": ("engine",)}
+BELOW |= {"report": ("engine", "image_classification", "word_language_model")}
 COMMANDS = sorted(path.stem for path in KIT.glob("*.py"))
 PRODUCT = sorted([*KIT.glob("*.py"), *(path for f in BELOW for path in KIT.glob(f"{f}/**/*.py"))])
 LONGEST_COMMAND = 530  # lines
@@ -87,6 +88,9 @@ def test_arrows_run_down_only(folder: str) -> None:
         ("word_language_model", "class A: import image_classification", ["image_classification"]),
         ("word_language_model", "async def f():\n    __import__('lm_main')", ["lm_main"]),
         ("word_language_model", "from .. import model_summary", ["model_summary"]),
+        ("report", "from word_language_model.model import model_class", []),
+        ("report", "import reproduce", ["reproduce"]),
+        ("image_classification", "import report.page", ["report"]),
     ],
 )
 def test_an_arrow_that_runs_up_is_found(folder: str, source: str, found: list[str]) -> None:

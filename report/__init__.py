@@ -1,0 +1,1 @@
+"""What reproduce.py runs, measures, says and shows."""

@@ -1,0 +1,440 @@
+"""What a report says: sentences that their figures flip, and pages of figures made up here."""
+
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from kit import KIT, make_dataset
+from PIL import Image
+
+import lm_main
+import reproduce
+import resnet_main
+from engine.curves import Curve, draw_curves, usual_limits
+from image_classification.folders import find_images, readable_names
+from report import figures, plan, sentences
+from report.figures import Answers
+from report.page import Page, figure, folded, quoted, table
+from report.steps import Forecast, Steps
+from word_language_model.model import build_model
+from word_language_model.settings import ModelSpec
+
+
+@pytest.mark.parametrize(
+    ("gap", "interval", "chance", "verdict"),
+    [
+        (-0.8, (-2.1, 0.5), 1.0, "which these images cannot tell from none."),
+        (-0.04, (-2.1, 2.0), None, "which these images cannot tell from none."),
+        (-4.0, (-6.1, -1.9), 4.5, "the images explain, but another seed makes 4.5 points as"),
+        (4.0, (1.9, 6.1), 2.5, "the images explain, but another seed makes 2.5 points as"),
+        (4.0, (1.9, 6.1), 1.2, "the images explain, and over twice what another seed makes (1.2)"),
+        (4.0, (1.9, 6.1), None, "what another seed makes was not measured."),
+    ],
+)
+def test_a_gap_is_held_against_images_and_seeds(
+    gap: float, interval: tuple[float, float], chance: float | None, verdict: str
+) -> None:
+    said = sentences.image_gap("bf16", "one process", gap, interval, chance)
+    assert verdict in said
+    assert said.startswith(
+        f"bf16: {round(gap, 1) + 0.0:+.1f} points of Acc@1 against one process ("
+    )
+    assert sentences.exceeds(gap, interval, chance) == (abs(gap) == 4 and chance not in (2.5, 4.5))
+
+
+def test_several_seeds_give_the_interval_of_their_means() -> None:
+    low, high = sentences.seeds_interval([30.0, 31.0, 32.0], [33.0, 34.0, 35.0]) or (0.0, 0.0)
+    # Two-sample t test: standard error sqrt(2/3), 4 degrees of freedom, t 2.776.
+    assert (low, high) == pytest.approx((-3 - 2.2666, -3 + 2.2666), abs=1e-3)
+    assert "more than other seeds make" in sentences.seeds_gap("a", "b", -3.0, (low, high), 3)
+    near = sentences.seeds_interval([30.0, 31.0, 32.0], [31.0, 32.0, 33.0])
+    assert near is not None and near[1] > 0
+    assert "no more than other seeds make" in sentences.seeds_gap("a", "b", -1.0, near, 3)
+    assert sentences.seeds_interval([30.0], [31.0]) is None
+    assert sentences.seeds_interval([30.0], [31.0, 32.0]) == pytest.approx((-12.50, 9.50), abs=0.01)
+    assert sentences.seeds_interval([5.0, 5.0], [5.0, 5.0]) == (0, 0)
+
+
+def test_the_conclusion_on_accuracy_names_what_is_beyond_chance() -> None:
+    def said(beyond: dict[str, float], within: dict[str, float], seeds: int = 1) -> str:
+        return sentences.accuracy(beyond, within, "one process", seeds)
+
+    gaps = {"bf16": -0.8, "four parts": 0.1}
+    assert "(one seed each): none differs from one process by more" in said({}, gaps)
+    assert "(3 seeds each): none differs" in said({}, gaps, 3)
+    assert "largest gap is -0.8 points of Acc@1, of bf16." in said({}, gaps)
+    equal = said({}, {"bf16": 0.0, "four parts": 0.0})
+    assert "bf16 and four parts end with the Acc@1 of one process" in equal
+    both = said({"four processes": -4.0}, {"bf16": 0.1})
+    assert "four processes (-4.0). Not further: bf16 (+0.1)." in both
+    assert "Not further: none." in said({"four processes": -4.0}, {})
+    assert "nothing could be compared" in said({}, {})
+    assert "differs alike (-3.9 points for -4.0)" in sentences.cause(-4.0, -3.9)
+    for parts in (-0.2, 3.9, -9.0):
+        assert "trust neither gap" in sentences.cause(-4.0, parts)
+
+
+@pytest.mark.parametrize(
+    ("distances", "seeds", "verdict"),
+    [
+        ([0.0, 0.0], 0.1, "the same to the last digit"),
+        ([0.0001, 0.0012], 0.1, "coincide: their validation losses are never more than 0.0012"),
+        ([0.0001, 0.08], 0.1, "begin together (0.0001 apart after the first epoch) and are up to"),
+        ([0.05, 0.08], 0.1, "are up to 0.080 apart (two seeds: 0.100)."),
+        ([0.05, 1.2e12], 0.1, "are up to 1.2e+12 apart"),
+        ([0.0001, 0.015], None, "coincide"),  # 1 % of the loss 2
+        ([0.0001, 0.03], None, "begin together"),
+    ],
+)
+def test_curves_that_coincide_are_said_to(
+    distances: list[float], seeds: float | None, verdict: str
+) -> None:
+    said = sentences.coincidence("four processes", "four parts", distances, seeds, 2.0)
+    assert verdict in said and ("two seeds" in said) == (seeds is not None and any(distances))
+
+
+@pytest.mark.parametrize(
+    ("share", "seeds", "verdict"),
+    [
+        (0.19, 0.21, "disagree on 19.0 % of the images, two seeds on 21.0 %: no more than two"),
+        (0.21, 0.21, "no more than two seeds do"),
+        (0.22, 0.21, "more by less than 1000 images can tell"),
+        (0.40, 0.21, ": more than two seeds do"),
+        (0.05, 0.21, ": fewer than two seeds do"),
+        (0.0, 0.0, "no more than two seeds do"),
+        (0.19, None, "how often two seeds do was not measured"),
+    ],
+)
+def test_hardware_is_compared_with_seeds(share: float, seeds: float | None, verdict: str) -> None:
+    assert verdict in sentences.disagreement("bf16", "one process", share, seeds, 1000)
+    line = sentences.disagreements({"bf16": share, "four parts": 0.0}, "it", seeds, 1000)
+    assert f"bf16 on {100 * share:.1f} % and four parts on 0.0 %" in line
+    if seeds is not None:
+        assert ("Above two seeds: bf16 by more than chance" in line) == (share == 0.40)
+        assert ("Above two seeds: none by more than chance" in line) == (share != 0.40)
+
+
+def losses(train: list[float], val: list[float]) -> dict[str, Curve]:
+    return {"Loss/train": dict(enumerate(train)), "Loss/val": dict(enumerate(val))}
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "verdict"),
+    [
+        ([3, 2, 1], [3, 2, 1], "No sign of over-fitting"),
+        ([1, 2, 3], [2.5, 2, 2.4], "No sign of over-fitting"),
+        ([3, 2, 1.99], [2.5, 2, 2.01], "No sign of over-fitting"),
+        (
+            [3, 2, 1],
+            [2.5, 2, 2.4],
+            "It **over-fits** after epoch 1: its validation loss rises from 2.000 to 2.400 while "
+            "its training loss falls from 2.000 to 1.000.",
+        ),
+        (
+            [6.5, 5.17],
+            [6.6, 5.87],
+            "It **begins to over-fit**: its training loss ends at 5.170 and its validation loss at "
+            "5.870, a gap of 0.700 that was 0.100 after the first epoch. Its validation loss is "
+            "still at its least.",
+        ),
+        ([5.0, 4.0], [6.0, 4.9], "a gap of 0.900 that has not grown since the first epoch"),
+        ([4.0], [6.0], "a gap of 2.000 after one epoch. Whether it grows is not known."),
+        ([4.0], [4.0], "No sign of over-fitting"),
+        ([4.0, math.nan], [4.0, math.nan], "It has **diverged**"),
+        ([4.0, 3.0], [4.0, math.inf], "It has **diverged**"),
+    ],
+)
+def test_over_fitting_is_judged_by_the_gap_and_by_a_rising_loss(
+    train: list[float], val: list[float], verdict: str
+) -> None:
+    (said,) = sentences.over_fitting({"It": losses(train, val)})
+    assert verdict in said
+    conclusion = sentences.fitting({"It": losses(train, val)})
+    assert ("No sign of over-fitting in It" in conclusion) == ("**" not in said)
+
+
+def test_language_models_are_ranked_as_far_as_their_seeds_agree() -> None:
+    clear = sentences.ranking({"LSTM": [389.0, 391.0], "CNN": [371.0, 373.0]})
+    assert clear.startswith("Test perplexity: CNN 372.0 (371.0 to 373.0) and LSTM 390.0 (389.0 to")
+    assert "Each is further from the next than seeds make" in clear
+    near = sentences.ranking({"LSTM": [376.0, 392.0], "CNN": [370.0, 374.0]})  # yet apart
+    assert "The order of CNN and LSTM may be chance" in near
+    assert "of one seed" in sentences.ranking({"LSTM": [388.0], "CNN": [370.0]})
+    assert sentences.ranking({"LSTM": [388.0]}) == "Test perplexity: LSTM 388.0."
+    assert "matched: they differ by 2.0 %" in sentences.sizes([1000, 1020])
+    assert "differ by up to 10 %" in sentences.sizes([1000, 1100])
+    level = {1: 500.0, 2: 400.0, 3: 398.0}
+    assert "has stopped getting better" in sentences.improving({"LSTM": level})
+    assert "has stopped getting better" in sentences.improving({"LSTM": {1: 400.0, 2: 500.0}})
+    falling = sentences.improving({"LSTM": level, "CNN": {1: 500.0, 2: 400.0, 3: 380.0}})
+    assert "of CNN (5.0 %): with more epochs the order may change." in falling
+    assert "After one epoch" in sentences.improving({"LSTM": {1: 500.0}})
+
+
+def test_the_answer_on_context_follows_the_figures(tmp_path: Path) -> None:
+    path = tmp_path / "context.csv"
+    path.write_text(
+        "model,measure,words,value,standard_error\n"
+        "LSTM,loss,1,6.34,0.1\nLSTM,loss,128,5.99,0.1\nLSTM,loss above lowest,1,0.3,0.1\n"
+        "LSTM,effective context,,16,\nLSTM,effective context low,,8,\n"
+        "LSTM,effective context high,,32,\nCNN,loss,7,5.93,0.1\nCNN,rise when shuffled,2,0.1,0\n"
+        "CNN,effective context,,4,\nCNN,effective context low,,4,\n"
+        "CNN,effective context high,,7,\nCNN,receptive field,,7,\n"
+    )
+    found = figures.read_contexts(path)
+    assert found["CNN"] == {
+        **{"loss": 5.93, "most": 7, "effective context": 4, "effective context low": 4},
+        **{"effective context high": 7, "receptive field": 7},
+    }
+    assert sentences.context(found).startswith(
+        "Words that they make use of: the LSTM 16 (95 % interval 8 to 32) and the CNN 4 (95 % "
+        "interval 4 to 7). The CNN has the lowest loss (5.93), although the longest context is "
+        "that of the LSTM"
+    )
+    best = sentences.context(found | {"LSTM": found["LSTM"] | {"loss": 5.0}})
+    assert best.endswith(
+        "The LSTM has the lowest loss (5.00), and the longest context is that of the LSTM."
+    )
+    equal = sentences.context(found | {"CNN": found["CNN"] | {"effective context high": 8}})
+    assert equal.endswith("None uses more by more than chance. The CNN has the lowest loss (5.93).")
+    assert sentences.context({"CNN": found["CNN"]}).endswith("Its loss is 5.93.")
+    assert sentences.allowed(["CNN", "GRU"]).startswith("A CNN has its nearest words a few steps")
+    assert sentences.reach("CNN", 2, 35, 4)[:2] == ["7 words", "at most 2"]
+    assert sentences.reach("Transformer", 2, 35, 4)[0] == "the 35 words of its window"
+
+
+def test_the_costs_of_language_models_are_those_of_their_weights() -> None:
+    lstm = figures.cost(build_model(ModelSpec("LSTM", 1000, 200, 200, 2, 2, False), 0.2), 35)
+    assert lstm == (1000 * 200 + 201 * 1000 + 643_200, 643_200, 200 * 1000 + 640_000)
+    wide = build_model(ModelSpec("Transformer", 1000, 200, 400, 2, 2, False), 0.2)
+    transformer = figures.cost(wide, 35)
+    assert transformer.parameters / lstm.parameters == pytest.approx(1, abs=0.01)
+    # Of each layer: attention's four and the second half's two products, and keys and values.
+    weights = 4 * 200 * 200 + 2 * 200 * 400
+    assert transformer.multiply_adds == 2 * (weights + 200 * 36) + 200 * 1000
+    tied = figures.cost(build_model(ModelSpec("CNN", 1000, 20, 20, 1, 2, True), 0.2), 35)
+    assert tied == (1000 * 20 + 1000 + 20 * 40 * 4 + 40, 20 * 40 * 4 + 40, 20 * 1000 + 20 * 40 * 4)
+
+
+def test_answers_are_compared_image_by_image(tmp_path: Path) -> None:
+    path = tmp_path / "answers.csv"
+    path.write_text(
+        "file,rank,class,name,likelihood\n./x/b.png,1,n2,two,0.9\nx/a.png,1,n1,one,0.8\n"
+    )
+    assert figures.read_answers(path, ["x/a.png", "./x/b.png"]) == ["n1", "n2"]
+    with pytest.raises(KeyError):
+        figures.read_answers(path, ["x/c.png"])
+    pair = figures.compare([*"aabbc"], [*"abbaa"], [*"aaabb"])
+    assert pair == (5, 3, 2, 0)
+    one, other = {1: [*"aabb"], 2: [*"aaaa"]}, {1: [*"aabb"], 3: [*"bbbb"]}
+    assert figures.disagreement(one, other) == 0.0  # of the seed that both have
+    assert figures.disagreement(one, {3: [*"bbbb"]}) == 0.75  # without one, of all
+    assert figures.disagreement(one, one) == 0.5  # of two seeds
+    single = {1: [*"aabb"]}
+    assert figures.disagreement(single, single) is None
+
+
+def test_a_panel_is_not_squeezed_by_one_value(tmp_path: Path) -> None:
+    assert usual_limits([2.0, 1.8, 1.6, 1.5, 9.3]) == pytest.approx((1.475, 2.025))
+    for usual in ([2.0, 1.8, 1.6, 1.5, 2.2], [1.0, 9.0], [2.0, 2.0, 2.0, 2.0, 9.0], []):
+        assert usual_limits(usual) is None
+    runs = [losses([9.3, 1.9, 1.8, 1.7], [2.0 + s, 1.6, 1.5, 1.5]) for s in (0.0, 0.1)]
+    draw_curves({"one": runs, "other": [{}]}, ["Loss"], tmp_path / "p" / "loss.png")
+    assert Image.open(tmp_path / "p" / "loss.png").size == (450, 360)
+
+
+def test_a_page_folds_commands_and_shows_figures_with_captions(tmp_path: Path) -> None:
+    page = Page(Steps(tmp_path / "out", {}, {}))
+    page.pictures.mkdir()
+    for name, width in (("small.png", 450), ("wide.png", 1200)):
+        Image.new("RGB", (width, 40)).save(page.pictures / name)
+    page.add("# Report", "Text.", folded("the command", "```text\npython x.py --a <b>\n```"))
+    page.add(figure("What to *see*.".replace("*", ""), {"one": "small.png", "two": "wide.png"}))
+    page.add(table(["a", "b"], [["1", "2"]]), quoted("so <unk> *is* it\n <eos> and  on"))
+    page.conclude("First.", "More.")
+    page.conclude("Second.")
+    page.write()
+    text, html = ((tmp_path / "out" / f"report.{end}").read_text() for end in ("md", "html"))
+    assert text.startswith("# Report\n\n- First. More.\n- Second.\n\nText.")
+    assert "<summary>the command</summary>" in html and "--a &lt;b&gt;" in html
+    assert '<code class="language-text">python' in html and "```" not in html
+    assert html.count("<figure>") == 1 and "<figcaption>What to see.</figcaption>" in html
+    assert html.count("<div class='scroll'>") == 2  # the wide picture and the table
+    assert "<blockquote>so &lt;unk&gt; *is* it <br> and on</blockquote>" in html
+
+
+def test_a_machine_trains_what_it_can_with_the_seeds_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def planned(*flags: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        args = reproduce.make_parser().parse(flags)
+        settings = plan.check_flags("--text-flags", args.text_flags, lm_main)
+        return plan.image_trainings(args), plan.text_trainings(args, settings)
+
+    monkeypatch.setattr(plan, "emulates_bf16", lambda _device: True)
+    images, texts = planned()
+    assert [*images] == ["cpu-seed1", "cpu-seed2", "cpu4-seed1", "parts4-seed1"]
+    assert [*texts] == [f"{m}-seed{n}" for m in ("Transformer", "LSTM", "CNN") for n in (1, 2)]
+    pairs = zip(images["cpu-seed1"], images["cpu-seed2"], strict=True)
+    folders = ("output/report/cpu-seed1", "output/report/cpu-seed2")
+    assert [pair for pair in pairs if len({*pair}) > 1] == [("1", "2"), folders]
+    assert {"--gradient-accumulation-steps", "4"} == {*images["parts4-seed1"]} & {
+        *("--gradient-accumulation-steps", "4", "--main_process_port")
+    }
+    assert " --seed 1 --nhid 400 " in " ".join(texts["Transformer-seed1"])
+    assert "accelerate_configs/cpu.yaml" in " ".join(texts["CNN-seed2"])
+
+    monkeypatch.setattr(plan, "emulates_bf16", lambda _device: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    images, texts = planned("--seeds", "7", "8", "--text-flags=--tied")
+    assert [*images][-4:] == ["gpu1-seed7", "gpu1-seed8", "gpu4-seed7", "gpu4-seed8"]
+    assert len(images) == 12 and "cpu_bf16-seed8" in images
+    assert "gpu1.yaml" in " ".join(texts["LSTM-seed8"])
+    assert "--nhid" not in texts["Transformer-seed7"]
+    groups = plan.grouped([*images], reproduce.make_parser().parse(["--seeds", "7", "8"]))
+    assert groups["one process"] == {7: "cpu-seed7", 8: "cpu-seed8"} and len(groups) == 6
+
+
+def test_costs_are_said_after_the_second_epoch(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time", iter([0.0, 70.0, 130.0]).__next__)
+    forecast = Forecast(3, epochs=10)
+    for said in ("", "x\n * Acc@1 1.0\n", "x\n * Acc@1 1.0\n", "\n * Acc@1 1.0\n * Acc@1 2.0\n"):
+        assert not capsys.readouterr().out
+        forecast(said)
+    # The first with the start, nine more of a minute, three times.
+    assert capsys.readouterr().out == "   3 trainings as fast as this one: 30 minutes\n"
+
+
+def test_the_example_s_data_are_cut_out_as_its_page_says(tmp_path: Path) -> None:
+    """The block of docs/report.md, but for its downloads."""
+    page = (KIT / "docs" / "report.md").read_text()
+    (block,) = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert block.count("python -c") == 2
+    full, part = (tmp_path / "data" / f"tiny-imagenet-{n}" for n in (200, 20))
+    make_dataset(full, classes=22, train=1, val=44)
+    (full / "words.txt").write_text("".join(f"n0000000{c}\tname {c}\n" for c in range(30)))
+    text = tmp_path / "data" / "wikitext-2"
+    text.mkdir()
+    for name in ("test", "valid"):
+        (text / f"{name}.txt").write_text("".join(f"{name} {i}\n" for i in range(3760)))
+    script = "set -e; python() { :; }\n" + block
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True)
+    whole, found = find_images(full), find_images(part)
+    assert found.classes == whole.classes[:20] and len(found.train.paths) == 20
+    assert len(found.val.paths) == 40
+    names = readable_names(part, found.classes)
+    assert names == [f"name {c[8:]}" for c in found.classes]
+    lines = [
+        (text.with_name("wikitext-2-small") / f"{n}.txt").read_text() for n in ("valid", "test")
+    ]
+    assert "".join(lines) == (text / "valid.txt").read_text()
+    assert [len(part.splitlines()) for part in lines] == [1880, 1880]
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Page:
+    """A page of trainings whose curves are: the last two figures of the step's name are Acc@1."""
+
+    def read(logs: Path) -> dict[str, Curve]:
+        acc1 = float(logs.parent.name[-2:])
+        curves = losses([2.5, 2.0], [2.4, 2 - acc1 / 1000])
+        for tag in ("Acc@1/train", "Acc@1/val", "Acc@5/train", "Acc@5/val", "Throughput/train"):
+            curves[tag] = {0: 10.0, 1: acc1}
+        return curves
+
+    monkeypatch.setattr(reproduce, "read_curves", read)
+    page = Page(Steps(tmp_path / "out", {}, {}))
+    page.add("# Report")
+    monkeypatch.setattr(page.steps, "seconds", lambda name: 10.0)
+    return page
+
+
+def answering(right: dict[str, dict[int, int]], count: int) -> Answers:
+    """Answers to `count` images of which a training's first ones are right, by title and seed."""
+    answers = object.__new__(Answers)
+    answers.targets, answers.commands = ["a"] * count, {}
+    answers.of = {
+        title: {seed: ["a"] * n + ["b"] * (count - n) for seed, n in of.items()}
+        for title, of in right.items()
+    }
+    return answers
+
+
+def test_one_seed_is_judged_by_images_and_a_control(page: Page) -> None:
+    names = {"one process": 40, "another seed": 42, "four processes": 30, "four parts": 30}
+    groups = {title: {1 + (n == 42): f"x{n}"} for title, n in names.items()}
+    right = {
+        title: {seed: int(n[1:]) * 10 for seed, n in of.items()} for title, of in groups.items()
+    }
+    answers = answering(right, 1000)
+    reproduce.add_trainings(page, groups, answers, 1)
+    reproduce.add_disagreements(page, answers)
+    text = "\n".join(page.sections)
+    assert "| one process | 40.0 | 37.0 to 43.1 | 40.0 |" in text
+    assert "- four processes: -10.0 points of Acc@1 against one process" in text
+    assert "and over twice what another seed makes (2.0)" in text
+    assert "number of processes is not the cause" in text
+    assert "The control, the same training of another seed: +2.0 points" in text
+    assert "The curves of four processes and four parts are the same to the last digit." in text
+    assert "| **one process** |  | 2.0 | 10.0 | 10.0 |" in text
+    assert "disagree on 10.0 % of the images, two seeds on 2.0 %: more than two seeds do" in text
+    assert page.conclusions[0].endswith(
+        "four processes (-10.0) and four parts (-10.0). Not further: none."
+    )
+
+
+def test_several_seeds_are_judged_by_their_spread(page: Page) -> None:
+    of = {"one process": (40, 42, 44), "bf16": (41, 42, 43), "four parts": (30, 32, 34)}
+    groups = {t: {seed: f"x{n}" for seed, n in enumerate(ns, 1)} for t, ns in of.items()}
+    right = {t: {seed: 10 * n for seed, n in enumerate(ns, 1)} for t, ns in of.items()}
+    reproduce.add_trainings(page, groups, answering(right, 1000), 3)
+    reproduce.add_disagreements(page, answering(right, 1000))
+    text = "\n".join(page.sections)
+    assert "| one process | 42.0 (40.0 to 44.0) | 39.0 to 45.1 |" in text
+    assert "bf16: +0.0 points of Acc@1 against one process in the mean of 3 seeds" in text
+    assert "Bands reach from the least to the greatest seed." in text
+    assert "control" not in text
+    # The diagonal: the mean of 2, 2 and 4 points.
+    assert "| **one process** | 2.7 | 0.7 | 10.0 |" in text
+    assert page.conclusions[0].endswith("four parts (-10.0). Not further: bf16 (+0.0).")
+
+
+def test_one_training_alone_is_reported(page: Page) -> None:
+    groups = {"one process": {1: "x40"}}
+    answers = answering({"one process": {1: 40}}, 100)
+    reproduce.add_trainings(page, groups, answers, 1)
+    reproduce.add_disagreements(page, answers)
+    text = "\n".join(page.sections)
+    assert "| one process | 40.0 | 30.9 to 49.8 |" in text and "against" not in text
+    assert len(page.conclusions) == 1  # of over-fitting
+
+
+def test_without_answers_the_figures_stay(page: Page) -> None:
+    groups = {"one process": {1: "x40"}, "another seed": {2: "x42"}, "bf16": {1: "x41"}}
+    reproduce.add_trainings(page, groups, None, 1)
+    assert "| one process | 40.0 |  | 40.0 |" in "\n".join(page.sections)
+    reproduce.add_disagreements(page, answering({"one process": {}, "bf16": {}}, 100))
+
+
+def test_the_sizes_are_those_of_the_flags_before_a_training(
+    page: Page, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(page, "run", lambda commands: ran.extend(commands.values()))
+    data = make_dataset(tmp_path / "images", train=1, val=3)
+    args = reproduce.make_parser().parse(["--data", str(data), "--seeds", "5"])
+    settings = plan.check_flags("--image-flags", "--image-size 32 --stem stock", resnet_main)
+    reproduce.add_sizes(page, args, settings)
+    reproduce.add_sizes(page, args, settings | {"arch": "vgg11"})
+    (page.folder / "cpu-seed5").mkdir()
+    (page.folder / "cpu-seed5" / "checkpoint.pth").touch()
+    reproduce.add_sizes(page, args, settings)
+    size = ["--num-classes", "3", "--arch", "resnet18", "--image-size", "32"]
+    assert ran[0][2:] == [*size, "--stem", "stock"]
+    assert ran[1][2:] == [word.replace("resnet18", "vgg11") for word in size]
+    assert ran[2][2:] == ["--checkpoint", str(page.folder / "cpu-seed5" / "checkpoint.pth")]
