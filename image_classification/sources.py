@@ -111,15 +111,16 @@ def draw_sample(root: Path) -> None:
 
 def _draw(wnid: str, name: str) -> Image.Image:
     rng = random.Random(f"sample image {name}")
-    background = tuple(rng.randrange(40, 216) for _ in range(3))
+    grey = rng.randrange(70, 186)
+    background = tuple(grey + rng.randrange(-20, 21) for _ in range(3))
     image = Image.new("RGB", (CANVAS, CANVAS), background)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randrange(4, 9)):  # clutter
         x, y, r = rng.uniform(0, CANVAS), rng.uniform(0, CANVAS), rng.uniform(6, 30)
         shade = tuple(max(0, min(255, c + rng.randrange(-45, 46))) for c in background)
         draw.line([(x - r, y - r), (x + r, y + rng.uniform(-r, r))], shade, rng.randrange(2, 12))
-    # Each class has a typical hue, quick to learn but often misleading.
-    hue = list(SAMPLE_CLASSES).index(wnid) / len(SAMPLE_CLASSES) + rng.gauss(0, 0.06)
+    # Each class has a typical hue, so that a few epochs are enough; at times it is its neighbour's.
+    hue = list(SAMPLE_CLASSES).index(wnid) / len(SAMPLE_CLASSES) + rng.gauss(0, 0.03)
     colour = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 1), rng.uniform(0.35, 1))
     mask = _shape(SAMPLE_CLASSES[wnid], rng)
     image.paste(tuple(round(255 * c) for c in colour), mask=mask)
