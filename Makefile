@@ -42,7 +42,7 @@ help:
 
 demo: $(VENV)/.run
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml resnet_main.py sample \
-	  --stem stock --image-size 32 --epochs 17 -b 64 --lr 0.012 --lr-schedule cosine \
+	  --stem stock --image-size 32 --epochs 16 -b 64 --lr 0.012 --lr-schedule cosine \
 	  --warmup-epochs 2 --seed 1 --output-dir $(DEMO) --overwrite
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml resnet_main.py sample \
 	  --evaluate --resume $(DEMO)/model_best.pth
