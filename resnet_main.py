@@ -9,7 +9,7 @@ printed lines and the default hyperparameters are the original's, and the batch 
 all processes together.
 
 On the first 20 classes of Tiny-ImageNet, ResNet-18, two CPU cores, bf16, 8 epochs: Acc@1 44.4,
-Acc@5 79.0 (docs/images.md, "Results", has the command).
+Acc@5 79.0, of an earlier version (docs/images.md, "Results", has the command).
 """
 
 from __future__ import annotations
