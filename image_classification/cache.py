@@ -166,6 +166,8 @@ class _Decoded(Dataset[tuple[torch.Tensor, torch.Tensor, str]]):
             shape = (side, side, 3) if self.scaled else (3, side, side) if side else (2,)
             nothing = torch.zeros(shape, dtype=torch.uint8 if side else torch.int32)
             return nothing, torch.zeros(2, dtype=torch.int32), describe(error)
+        except OSError as error:  # `NOT_THE_FILES`, and not the disk with the decoded file either
+            raise RuntimeError(f"{path}: {error}") from error
 
 
 def _decode(
@@ -323,6 +325,7 @@ def _alone(path: Path) -> Iterator[None]:
     except UserError:
         print("=> another process decodes the images: waiting for it", flush=True)
         held = lock(path, "", patience=math.inf)
+        path.touch()  # a change of the folder: NFS then looks anew whether the file is there
     try:
         yield
     finally:

@@ -253,6 +253,24 @@ def test_a_disk_that_fails_once_does_not_vouch_for_what_it_lost(
     assert "; 20 are there)" in capsys.readouterr().out
 
 
+def test_an_image_that_a_disk_does_not_give_is_named(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no bad file, and the disk with the decoded file is not the one that failed."""
+    last = str(max(interrupted.glob("val/*/*")))
+    whole = cache.decode
+
+    def failing(path: str) -> torch.Tensor:
+        if path == last:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(path)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=f"{last}: .*output"):
+        patch.setattr(cache, "decode", failing)
+        load(interrupted, 32, SIDE)
+    load(interrupted, 32, SIDE)
+
+
 def test_killed_before_the_file_got_its_name(
     interrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
