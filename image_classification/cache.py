@@ -177,7 +177,7 @@ def _decode(
 
     Args:
         bad: is given what cannot be decoded, each with the reason. Its pixels and size are zeros.
-        done: images that the bar has behind it.
+        done: images of an earlier call, for the bar.
     """
     total, row = len(decoded), 3 * decoded.side**2
     loader = DataLoader(

@@ -74,7 +74,7 @@ class DecodedImages:
 class ImageFiles(Dataset[Any]):
     """Image files of any size, which workers crop and resize to [size, size, 3] uint8.
 
-    Their order is that in which images are decoded and convolutions like them (`fast_format`).
+    The channels come last, as decoders give them and convolutions like them (`fast_format`).
     With a sample's row of `draw_crops`, an image gets the original's RandomResizedCrop and
     RandomHorizontalFlip; without one, its Resize and CenterCrop with their ratio of 256 to 224.
     """
