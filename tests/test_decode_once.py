@@ -368,6 +368,7 @@ def test_a_run_keeps_it_and_others_wait_for_its_decoding(tmp_path: Path) -> None
         cwd=tmp_path,
     )
     assert compared.code == 0 and figures[-1].split()[2] in compared.out.split()
+    assert "=> evaluated on the images' copies of --decode-once 64" in compared.out
     assert len(list(root.glob(".decoded*"))) == 1
 
     changed = run(
