@@ -27,7 +27,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
@@ -71,8 +71,8 @@ from PIL import Image
 
 import lm_main
 import resnet_main
-from diff_eval import HEAD, LABEL, SHEET, THUMBNAIL
-from engine.curves import Curve, draw_curves, read_curves
+from diff_eval import COMPARISON, HEAD, LABEL, SHEET, THUMBNAIL
+from engine.curves import draw_curves, read_curves
 from engine.files import writing
 from engine.intervals import wilson
 from image_classification.folders import find_images
@@ -89,7 +89,6 @@ from report.steps import Steps, script
 from word_language_model.checkpoint import load, restore_model
 from word_language_model.data import corpus_files
 
-METRICS = ("Loss", "Acc@1", "Acc@5")
 SHEET_LINES = 4  # of a contact sheet, that the page shows
 
 
@@ -110,10 +109,6 @@ def first(runs: Mapping[int, str]) -> str:
 
 def bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def best_epoch(curve: Curve, choose: Callable[..., int] = min) -> int:
-    return choose(curve, key=lambda epoch: curve[epoch])
 
 
 def add_sizes(page: Page, args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
@@ -181,10 +176,8 @@ def add_curves(page: Page, groups: Groups) -> dict[str, list[Curves]]:
         title: [read_curves(page.folder / name / "logs") for name in names.values()]
         for title, names in groups.items()
     }
-    pictures = {
-        f"{metric} by epoch": f"{metric.replace('@', '')}.png".lower() for metric in METRICS
-    }
-    for metric, file in zip(METRICS, pictures.values(), strict=True):
+    files = {"Loss": "loss.png", "Acc@1": "acc1.png", "Acc@5": "acc5.png"}
+    for metric, file in files.items():
         draw_curves(runs, [metric], page.pictures / file)
     repeated = any(len(several) > 1 for several in runs.values())
     band = " Bands reach from the least to the greatest seed." * repeated
@@ -193,7 +186,7 @@ def add_curves(page: Page, groups: Groups) -> dict[str, list[Curves]]:
             "Solid: validation images. Dashed: training images, harder by their crops and flips, "
             f"and averaged over an epoch in which the model improves.{band} Where solid lines "
             "cross again and again, their order at the end means little.",
-            pictures,
+            {f"{metric} by epoch": file for metric, file in files.items()},
         )
     )
     return runs
@@ -207,6 +200,7 @@ def add_trainings(page: Page, groups: Groups, answers: Answers | None) -> None:
     for title, mean in means.items():
         end = {tag: figures.last(curve) for tag, curve in mean.items()}
         acc1 = [figures.last(run["Acc@1/val"]) for run in runs[title]]
+        best = max(mean["Acc@1/val"], key=mean["Acc@1/val"].__getitem__)
         hits = round(end["Acc@1/val"] / 100 * count)
         interval = [f"{100 * limit:.1f}" for limit in wilson(hits, count)] if count else []
         seconds = fmean(map(page.steps.seconds, groups[title].values()))
@@ -214,8 +208,7 @@ def add_trainings(page: Page, groups: Groups, answers: Answers | None) -> None:
             [
                 *(title, spread(acc1), " to ".join(interval), f"{end['Acc@1/train']:.1f}"),
                 *(f"{end['Acc@5/val']:.1f}", f"{end['Loss/train']:.3f} / {end['Loss/val']:.3f}"),
-                *(best_epoch(mean["Acc@1/val"], max), f"{seconds:.0f} s"),
-                f"{fmean(mean['Throughput/train'].values()):.0f}",
+                *(best, f"{seconds:.0f} s", f"{fmean(mean['Throughput/train'].values()):.0f}"),
             ]
         )
     head = ["training", "Acc@1", "95 % interval", "Acc@1 in training", "Acc@5"]
@@ -233,8 +226,8 @@ def add_trainings(page: Page, groups: Groups, answers: Answers | None) -> None:
 def add_gaps(page: Page, runs: Mapping[str, list[Curves]], answers: Answers | None) -> None:
     """Which gaps of Acc@1 are larger than images and seeds explain."""
     reference, *others = runs
-    found = answers.gap(CONTROL, reference) if answers else None
-    control = abs(found[0]) if found else None
+    two_seeds = answers.gap(CONTROL, reference) if answers else None
+    control = abs(two_seeds.value) if two_seeds else None
     several = any(len(of) > 1 for of in runs.values())
     gaps: dict[bool, dict[str, float]] = {True: {}, False: {}}  # beyond chance, within
     said: list[str] = []
@@ -242,22 +235,18 @@ def add_gaps(page: Page, runs: Mapping[str, list[Curves]], answers: Answers | No
         ours, theirs = (
             [figures.last(run["Acc@1/val"]) for run in runs[t]] for t in (title, reference)
         )
-        if of_seeds := figures.seeds_interval(ours, theirs):
-            gap, interval = fmean(ours) - fmean(theirs), of_seeds
-        elif answers and (seen := answers.gap(title, reference)):
-            gap, interval = seen
-        else:
-            continue
-        gaps[sentences.is_beyond(gap, interval, control)][title] = gap
-        said.append(
-            sentences.accuracy_gap(title, reference, gap, interval, bool(of_seeds), control)
-        )
+        gap, basis = figures.seeds_gap(ours, theirs), "seeds"
+        if gap is None and answers:
+            gap, basis = answers.gap(title, reference), "images"
+        if gap:
+            gaps[sentences.is_beyond(gap, control)][title] = gap.value
+            said.append(sentences.accuracy_gap(title, reference, gap, basis, control))
     beyond, within = gaps[True], gaps[False]
     processes, parts = (WAYS[way].title for way in ("cpu4", "parts4"))
     if processes in beyond and parts in beyond | within:
         said.append(sentences.cause(beyond[processes], (beyond | within)[parts]))
-    if found:
-        said.append(sentences.two_seeds(*found))
+    if two_seeds:
+        said.append(sentences.two_seeds(two_seeds))
     page.add(bullets(said))
     if beyond or within:
         page.conclude(sentences.accuracy(beyond, within, reference, several, control))
@@ -300,9 +289,9 @@ def add_disagreements(page: Page, answers: Answers) -> None:
     seeds = shares[reference, CONTROL if CONTROL in of else reference]
     found = {t: s for t in others if t != CONTROL and (s := shares[t, reference]) is not None}
     if found and seeds is not None:
-        lines = [sentences.disagreement(t, reference, s, seeds, count) for t, s in found.items()]
-        page.add(bullets(lines))
-        page.conclude(sentences.disagreements(found, reference, seeds, count))
+        said = sentences.disagreements(found, reference, seeds, count)
+        page.add(said)
+        page.conclude(said)
 
 
 def add_sheets(page: Page, groups: Groups, data: str) -> None:
@@ -326,18 +315,16 @@ def add_sheet(page: Page, name: str, title: str, data: str, *flags: object) -> N
     with Image.open(folder / SHEET) as sheet, writing(path) as temporary:
         height = min(sheet.height, HEAD + SHEET_LINES * (THUMBNAIL + 8 + LABEL))
         sheet.crop((0, 0, sheet.width, height)).save(temporary, "JPEG", quality=80)
-    said = page.steps.output(name, "=> classes").splitlines()
-    classes = said[0].removeprefix("=> ")
+    classes, *_ = page.steps.output(name, "=> classes").splitlines()
     page.add(
         figure(
-            f"{title}, of {classes}: the surest answers first, at most {SHEET_LINES} lines of "
-            f"them; all images lie in {folder}. Green answers are right. Look for what the wrong "
-            "ones have in common.",
+            f"{title}, of {classes.removeprefix('=> ')}. The surest answers come first; {folder} "
+            "has all of them. Green answers are right. Look for what the wrong ones have in "
+            "common.",
             {title: path.name},
         )
     )
-    comparison = folder / "comparison.json"
-    if "--misclassified" not in flags and comparison.exists():
+    if (comparison := folder / COMPARISON).exists():  # of two models
         page.add(json.loads(comparison.read_text("utf-8"))["sentence"])
 
 
@@ -349,7 +336,8 @@ def add_language_models(page: Page, groups: Groups) -> None:
         tests[model] = [float(re.findall(r"test ppl +(\S+)", end)[0]) for end in ends]
         network, _ = restore_model(load(page.folder / f"{first(names).lower()}.pt"))
         parameters.append(sum(p.numel() for p in network.parameters()))
-        least = best_epoch(figures.mean_curves(runs[model])["Perplexity/val"])
+        valid = figures.mean_curves(runs[model])["Perplexity/val"]
+        least = min(valid, key=valid.__getitem__)
         best = [min(run["Perplexity/val"].values()) for run in runs[model]]
         seconds = fmean(map(page.steps.seconds, names.values()))
         rows.append([model, f"{parameters[-1]:,}", least, spread(best), spread(tests[model])])

@@ -38,8 +38,16 @@ def apart(one: Curves, other: Curves) -> list[float]:
     return [abs(value - other["Loss/val"][epoch]) for epoch, value in one["Loss/val"].items()]
 
 
-def seeds_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % interval of the difference of two means, by Student's t; None for one seed each."""
+class Gap(NamedTuple):
+    """How much larger one of two figures is, and the 95 % interval of that."""
+
+    value: float
+    low: float
+    high: float
+
+
+def seeds_gap(ours: Sequence[float], theirs: Sequence[float]) -> Gap | None:
+    """The gap of two means over seeds, by Student's t test; None for one seed each."""
     free = len(ours) + len(theirs) - 2
     if not free:
         return None
@@ -47,8 +55,8 @@ def seeds_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[floa
     variance = sum(value**2 for group in groups for value in group) / free
     error = math.sqrt(variance * (1 / len(ours) + 1 / len(theirs)))
     half = error * STUDENT[max(n for n in STUDENT if n <= free)]
-    difference = statistics.fmean(ours) - statistics.fmean(theirs)
-    return difference - half, difference + half
+    gap = statistics.fmean(ours) - statistics.fmean(theirs)
+    return Gap(gap, gap - half, gap + half)
 
 
 def read_answers(path: Path, images: Sequence[str]) -> list[str]:
@@ -64,11 +72,8 @@ class Answers(NamedTuple):
     targets: Sequence[str]
     of: Mapping[str, Mapping[int, Sequence[str]]]  # by title and seed
 
-    def gap(self, title: str, other: str) -> tuple[float, tuple[float, float]] | None:
-        """Points of Acc@1 between the first seeds of two titles, and their 95 % interval.
-
-        None where a title has no answers.
-        """
+    def gap(self, title: str, other: str) -> Gap | None:
+        """Points of Acc@1 between two titles' first seeds, paired; None where answers lack."""
         if not (title in self.of and other in self.of):
             return None
         (mine, *_), (theirs, *_) = self.of[title].values(), self.of[other].values()
@@ -76,7 +81,7 @@ class Answers(NamedTuple):
         only_a = sum(a == target != b for a, b, target in triples)
         only_b = sum(b == target != a for a, b, target in triples)
         low, high = paired_difference(only_a, only_b, len(triples))
-        return 100 * (only_a - only_b) / len(triples), (100 * low, 100 * high)
+        return Gap(100 * (only_a - only_b) / len(triples), 100 * low, 100 * high)
 
 
 def disagreement(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from engine.curves import Curve
 from engine.intervals import wilson
-from report.figures import Curves, last, seeds_interval
+from report.figures import Curves, Gap, last, seeds_gap
 
 RISE = 0.01  # over-fitting: the validation loss ends this share above its least ...
 GAP = 0.05  # ... or this share above the training loss
@@ -37,44 +37,36 @@ def points(value: float) -> str:
     return f"{round(value, 1) + 0.0:+.1f}"  # never -0.0
 
 
-def is_beyond(gap: float, interval: tuple[float, float], control: float | None) -> bool:
-    """Whether a gap is outside of its interval, and over twice the control's, if there is one.
+def interval(gap: Gap, basis: str) -> str:
+    ends = f"{points(gap.low)} to {points(gap.high)}"
+    return f"{points(gap.value)} points of Acc@1 (95 % interval {ends}, from the {basis})"
+
+
+def is_beyond(gap: Gap, control: float | None) -> bool:
+    """Whether the interval excludes zero and, with a control, the gap is over twice the control's.
 
     Twice: two seeds may be near each other by luck.
     """
-    low, high = interval
-    return not low <= 0 <= high and (control is None or abs(gap) > 2 * control)
+    return not gap.low <= 0 <= gap.high and (control is None or abs(gap.value) > 2 * control)
 
 
-def accuracy_gap(
-    title: str,
-    other: str,
-    gap: float,
-    interval: tuple[float, float],
-    several: bool,
-    control: float | None,
-) -> str:
+def accuracy_gap(title: str, other: str, gap: Gap, basis: str, control: float | None) -> str:
     """How far the Acc@1 of `title` is from that of `other`, and whether that can be chance.
 
     Args:
         gap: in points.
-        several: seeds, whose spread gives the interval; with one, the images do.
+        basis: what gives its interval, "images" or "seeds".
         control: points between two seeds of `other`; None if not measured.
     """
-    low, high = interval
-    basis = "seeds" if several else "images"
-    said = (
-        f"{title}: {points(gap)} points of Acc@1 against {other} (95 % interval {points(low)} to "
-        f"{points(high)}, from the {basis}), "
-    )
-    if low <= 0 <= high:
+    said = f"{title}: {interval(gap, basis)} against {other}, "
+    if gap.low <= 0 <= gap.high:
         return f"{said}no more than other {basis} can make."
     said += f"more than other {basis} make"
-    if several:
+    if basis == "seeds":
         return f"{said}."
     if control is None:
         return f"{said}; what another seed makes was not measured."
-    if is_beyond(gap, interval, control):
+    if is_beyond(gap, control):
         return f"{said}, and over twice what another seed makes ({control:.1f})."
     return f"{said}, but another seed makes {control:.1f} points."
 
@@ -111,14 +103,12 @@ def accuracy(
     )
 
 
-def two_seeds(gap: float, interval: tuple[float, float]) -> str:
+def two_seeds(gap: Gap) -> str:
     """The control: points of Acc@1 between two seeds of the same training."""
-    low, high = interval
     return (
-        f"The control, the same training with another seed: {points(gap)} points (95 % interval "
-        f"{points(low)} to {points(high)}, from the images). One control is weak evidence: "
-        "--seeds 1 2 3 repeats every training. Gaps between single trainings are counted image by "
-        "image, with answers computed in float32."
+        f"The control, the same training with another seed: {interval(gap, 'images')}. One control "
+        "is weak evidence: --seeds 1 2 3 repeats every training. Gaps between single trainings are "
+        "counted image by image, with answers computed in float32."
     )
 
 
@@ -166,19 +156,6 @@ def coincidence(one: str, other: str, distances: Sequence[float], seeds: float) 
 def is_more(share: float, seeds: float, count: int) -> bool:
     """Whether the 95 % interval of a share of `count` images lies above that of two seeds."""
     return wilson(round(share * count), count)[0] > wilson(round(seeds * count), count)[1]
-
-
-def disagreement(title: str, other: str, share: float, seeds: float, count: int) -> str:
-    """Whether two trainings disagree more than two seeds of one do: shares of `count` images."""
-    said = (
-        f"{title} and {other} disagree on {100 * share:.1f} % of the images, two seeds on "
-        f"{100 * seeds:.1f} %: "
-    )
-    if is_more(share, seeds, count):
-        return f"{said}more than two seeds do."
-    if share <= seeds:
-        return f"{said}no more than two seeds do."
-    return f"{said}too small a difference to tell with {count} images."
 
 
 def disagreements(shares: Mapping[str, float], other: str, seeds: float, count: int) -> str:
@@ -257,10 +234,10 @@ def ranking(perplexities: Mapping[str, Sequence[float]]) -> str:
         return f"{said}."
     unclear = []
     for better, worse in itertools.pairwise(order):
-        interval = seeds_interval(perplexities[better], perplexities[worse])
-        if interval is None:
+        gap = seeds_gap(perplexities[better], perplexities[worse])
+        if gap is None:
             return f"{said}, of one seed: another may change the order."
-        if interval[1] >= 0:
+        if gap.high >= 0:
             unclear.append(f"{better} and {worse}")
     if unclear:
         return f"{said}. By the spread of the seeds the order of {listed(unclear)} may be chance."

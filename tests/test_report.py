@@ -16,7 +16,7 @@ from engine.curves import Curve, draw_curves, usual_limits
 from engine.intervals import paired_difference
 from image_classification.folders import find_images, readable_names
 from report import figures, plan, sentences
-from report.figures import Answers
+from report.figures import Answers, Gap
 from report.page import Page, figure, folded, quoted, table
 from report.steps import Forecast, Steps
 from word_language_model.model import build_model
@@ -24,37 +24,36 @@ from word_language_model.settings import ModelSpec
 
 
 @pytest.mark.parametrize(
-    ("gap", "interval", "several", "control", "verdict"),
+    ("gap", "basis", "control", "verdict"),
     [
-        (-0.8, (-2.1, 0.5), False, 1.0, "no more than other images can make."),
-        (-0.04, (-2.1, 2.0), False, None, "no more than other images can make."),
-        (-4.0, (-6.1, -1.9), False, 4.5, "other images make, but another seed makes 4.5 points."),
-        (4.0, (1.9, 6.1), False, 2.5, "other images make, but another seed makes 2.5 points."),
-        (4.0, (1.9, 6.1), False, 1.2, "images make, and over twice what another seed makes (1.2)"),
-        (4.0, (1.9, 6.1), False, None, "what another seed makes was not measured."),
-        (4.0, (1.9, 6.1), True, None, "to +6.1, from the seeds), more than other seeds make."),
-        (-0.04, (-0.5, 0.4), True, None, "no more than other seeds can make."),
+        (Gap(-0.8, -2.1, 0.5), "images", 1.0, "no more than other images can make."),
+        (Gap(-0.04, -2.1, 2.0), "images", None, "no more than other images can make."),
+        (Gap(-4.0, -6.1, -1.9), "images", 4.5, "images make, but another seed makes 4.5 points."),
+        (Gap(4.0, 1.9, 6.1), "images", 2.5, "images make, but another seed makes 2.5 points."),
+        (Gap(4.0, 1.9, 6.1), "images", 1.2, "and over twice what another seed makes (1.2)"),
+        (Gap(4.0, 1.9, 6.1), "images", None, "what another seed makes was not measured."),
+        (Gap(4.0, 1.9, 6.1), "seeds", None, "from the seeds) against one process, more than other"),
+        (Gap(-0.04, -0.5, 0.4), "seeds", None, "no more than other seeds can make."),
     ],
 )
 def test_a_gap_is_held_against_images_and_seeds(
-    gap: float, interval: tuple[float, float], several: bool, control: float | None, verdict: str
+    gap: Gap, basis: str, control: float | None, verdict: str
 ) -> None:
-    said = sentences.accuracy_gap("bf16", "one process", gap, interval, several, control)
+    said = sentences.accuracy_gap("bf16", "one process", gap, basis, control)
     assert verdict in said
-    assert said.startswith(
-        f"bf16: {round(gap, 1) + 0.0:+.1f} points of Acc@1 against one process ("
-    )
-    is_beyond = sentences.is_beyond(gap, interval, control)
-    assert is_beyond == (abs(gap) == 4 and control not in (2.5, 4.5))
+    assert said.startswith(f"bf16: {round(gap.value, 1) + 0.0:+.1f} points of Acc@1 (95 % ")
+    is_beyond = sentences.is_beyond(gap, control)
+    assert is_beyond == (abs(gap.value) == 4 and control not in (2.5, 4.5))
 
 
 def test_several_seeds_give_the_interval_of_their_means() -> None:
-    interval = figures.seeds_interval([30.0, 31.0, 32.0], [33.0, 34.0, 35.0])
+    gap = figures.seeds_gap([30.0, 31.0, 32.0], [33.0, 34.0, 35.0])
     # Two-sample t test: standard error sqrt(2/3), 4 degrees of freedom, t 2.776.
-    assert interval == pytest.approx((-3 - 2.2666, -3 + 2.2666), abs=1e-3)
-    assert figures.seeds_interval([30.0], [31.0]) is None
-    assert figures.seeds_interval([30.0], [31.0, 32.0]) == pytest.approx((-12.50, 9.50), abs=0.01)
-    assert figures.seeds_interval([5.0, 5.0], [5.0, 5.0]) == (0, 0)
+    assert gap == pytest.approx((-3, -3 - 2.2666, -3 + 2.2666), abs=1e-3)
+    assert figures.seeds_gap([30.0], [31.0]) is None
+    uneven = figures.seeds_gap([30.0], [31.0, 32.0])
+    assert uneven == pytest.approx((-1.5, -12.50, 9.50), abs=0.01)
+    assert figures.seeds_gap([5.0, 5.0], [5.0, 5.0]) == Gap(0, 0, 0)
 
 
 def test_the_conclusion_on_accuracy_names_what_is_beyond_chance() -> None:
@@ -97,21 +96,14 @@ def test_curves_that_coincide_are_said_to(distances: list[float], verdict: str) 
 
 
 @pytest.mark.parametrize(
-    ("share", "seeds", "verdict"),
-    [
-        (0.19, 0.21, "disagree on 19.0 % of the images, two seeds on 21.0 %: no more than two"),
-        (0.21, 0.21, "no more than two seeds do"),
-        (0.22, 0.21, "too small a difference to tell with 1000 images"),
-        (0.40, 0.21, ": more than two seeds do"),
-        (0.0, 0.0, "no more than two seeds do"),
-    ],
+    ("share", "seeds", "is_more"),
+    [(0.19, 0.21, False), (0.22, 0.21, False), (0.4, 0.21, True), (0.0, 0.0, False)],
 )
-def test_hardware_is_compared_with_seeds(share: float, seeds: float, verdict: str) -> None:
-    assert verdict in sentences.disagreement("bf16", "one process", share, seeds, 1000)
+def test_hardware_is_compared_with_seeds(share: float, seeds: float, is_more: bool) -> None:
     line = sentences.disagreements({"bf16": share, "four parts": 0.0}, "it", seeds, 1000)
-    assert f"bf16 on {100 * share:.1f} % and four parts on 0.0 %" in line
-    more = "bf16" if share == 0.40 else "none"
-    assert line.endswith(f"Clearly more than two seeds: {more}.")
+    assert f"with it: bf16 on {100 * share:.1f} % and four parts on 0.0 % of the images" in line
+    assert f"two seeds of it on {100 * seeds:.1f} %" in line
+    assert line.endswith(f"Clearly more than two seeds: {'bf16' if is_more else 'none'}.")
 
 
 def losses(train: list[float], val: list[float]) -> dict[str, Curve]:
@@ -224,7 +216,7 @@ def test_answers_are_compared_image_by_image(tmp_path: Path) -> None:
         figures.read_answers(path, ["x/c.png"])
     answers = Answers([*"aaabb"], {"it": {1: [*"aabbc"]}, "other": {1: [*"abbaa"]}})
     low, high = paired_difference(2, 0, 5)
-    assert answers.gap("it", "other") == (40, (100 * low, 100 * high))
+    assert answers.gap("it", "other") == Gap(40, 100 * low, 100 * high)
     assert answers.gap("it", "a third") is None
     one, other = {1: [*"aabb"], 2: [*"aaaa"]}, {1: [*"aabb"], 3: [*"bbbb"]}
     assert figures.disagreement(one, other) == 0.0  # of the seed that both have
@@ -372,13 +364,13 @@ def test_one_seed_is_judged_by_images_and_a_control(page: Page) -> None:
     reproduce.add_disagreements(page, answers)
     text = "\n".join(page.sections)
     assert "| one process | 40.0 | 37.0 to 43.1 | 40.0 |" in text
-    assert "- four processes: -10.0 points of Acc@1 against one process" in text
+    assert "- four processes: -10.0 points of Acc@1 (95 % interval" in text
     assert "and over twice what another seed makes (2.0)" in text
     assert "the cause is not the number of processes" in text
     assert "The control, the same training with another seed: +2.0 points" in text
     assert "The curves of four processes and four parts are the same to the last digit." in text
     assert "| **one process** |  | 2.0 | 10.0 | 10.0 |" in text
-    assert "disagree on 10.0 % of the images, two seeds on 2.0 %: more than two seeds do" in text
+    assert "two seeds of it on 2.0 %. Clearly more than two seeds: four processes and four" in text
     assert page.conclusions[0].endswith(
         "four processes (-10.0) and four parts (-10.0). The others: none."
     )
@@ -393,7 +385,7 @@ def test_several_seeds_are_judged_by_their_spread(page: Page) -> None:
     text = "\n".join(page.sections)
     assert "| one process | 42.0 (40.0 to 44.0) | 39.0 to 45.1 |" in text
     assert (
-        "bf16: +0.0 points of Acc@1 against one process (95 % interval -3.6 to +3.6, from the"
+        "bf16: +0.0 points of Acc@1 (95 % interval -3.6 to +3.6, from the seeds) against one"
         in text
     )
     assert "Bands reach from the least to the greatest seed." in text
