@@ -84,7 +84,7 @@ from report import figures, sentences
 from report.figures import Answers, Curves
 from report.page import Page, fenced, figure, folded, quoted, table
 from report.plan import CONTROL, WAYS, Groups, check_flags, grouped, image_trainings, text_trainings
-from report.sentences import spread
+from report.sentences import short, spread
 from report.steps import Steps, script
 from word_language_model.checkpoint import load, restore_model
 from word_language_model.data import corpus_files
@@ -207,7 +207,10 @@ def add_trainings(page: Page, groups: Groups, answers: Answers | None) -> None:
         rows.append(
             [
                 *(title, spread(acc1), " to ".join(interval), f"{end['Acc@1/train']:.1f}"),
-                *(f"{end['Acc@5/val']:.1f}", f"{end['Loss/train']:.3f} / {end['Loss/val']:.3f}"),
+                *(
+                    f"{end['Acc@5/val']:.1f}",
+                    f"{short(end['Loss/train'])} / {short(end['Loss/val'])}",
+                ),
                 *(best, f"{seconds:.0f} s", f"{fmean(mean['Throughput/train'].values()):.0f}"),
             ]
         )

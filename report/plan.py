@@ -35,7 +35,7 @@ WAYS = {
     "parts4": Way("four parts", "one process takes these quarters one by one", "cpu", PART_FLAGS),
     "cpu_bf16": Way("bf16", "one process on the CPU, in bf16", "cpu_bf16"),
     "gpu1": Way("one GPU", "in bf16, or in fp16 if it lacks bf16", "gpu1"),
-    "gpu4": Way("four GPUs", "each takes a quarter of a batch, likewise", "gpu4"),
+    "gpu4": Way("four GPUs", "as on one GPU, each with a quarter of a batch", "gpu4"),
 }
 CONTROL = "another seed"  # of the reference
 LANGUAGE_MODELS = {"Transformer": 5, "LSTM": 20, "CNN": 20}  # and their learning rates

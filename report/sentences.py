@@ -178,9 +178,9 @@ def fit(curves: Curves) -> tuple[str, str]:
     least, begin, end = min(val, key=lambda epoch: val[epoch]), min(val), max(val)
     gap, before = val[end] - train[end], val[begin] - train[begin]
     if not math.isfinite(gap):
-        return "has diverged", "its losses are not finite"
+        return "divergence", "its losses are not finite"
     if val[end] > (1 + RISE) * val[least] and train[end] < train[least]:
-        return "over-fits", (
+        return "over-fitting", (
             f"after epoch {least} its validation loss rises from {short(val[least])} to "
             f"{short(val[end])} while its training loss falls from {short(train[least])} to "
             f"{short(train[end])}"
@@ -191,8 +191,8 @@ def fit(curves: Curves) -> tuple[str, str]:
     if begin == end:
         return "", f"{ends} after one epoch. Whether this gap grows is not known"
     if gap <= before:
-        return "", f"{ends}. This gap has not grown since the first epoch: no over-fitting"
-    return "begins to over-fit", (
+        return "", f"{ends}. This gap has not grown since the first epoch: no sign of over-fitting"
+    return "first signs of over-fitting", (
         f"{ends}. This gap has grown from {short(before)} after the first epoch to {short(gap)}"
     )
 
@@ -201,7 +201,7 @@ def over_fitting(trainings: Mapping[str, Curves]) -> list[str]:
     """A line for each training whose losses show something."""
     verdicts = {name: fit(curves) for name, curves in trainings.items()}
     return [
-        f"{name} **{word}**: {why}." if word else f"{name}: {why}."
+        f"{name}: **{word}**; {why}." if word else f"{name}: {why}."
         for name, (word, why) in verdicts.items()
         if why
     ] or [
@@ -213,8 +213,12 @@ def over_fitting(trainings: Mapping[str, Curves]) -> list[str]:
 
 def fitting(trainings: Mapping[str, Curves]) -> str:
     """The conclusion on over-fitting."""
-    shown = [f"{name} {word}" for name, of in trainings.items() if (word := fit(of)[0])]
-    return f"{listed(shown)}." if shown else f"No sign of over-fitting in {listed([*trainings])}."
+    names: dict[str, list[str]] = {}
+    for name, curves in trainings.items():
+        names.setdefault(fit(curves)[0], []).append(name)
+    shown = [f"{word} in {listed(of)}" for word, of in names.items() if word]
+    said = "; ".join(shown) or f"no sign of over-fitting in {listed([*trainings])}"
+    return f"{said[:1].upper()}{said[1:]}."
 
 
 def sizes(parameters: Sequence[int]) -> str:

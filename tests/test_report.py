@@ -119,20 +119,20 @@ def losses(train: list[float], val: list[float]) -> dict[str, Curve]:
         (
             [3, 2, 1],
             [2.5, 2, 2.4],
-            "It **over-fits**: after epoch 1 its validation loss rises from 2.000 to 2.400 while "
+            ": **over-fitting**; after epoch 1 its validation loss rises from 2.000 to 2.400 while "
             "its training loss falls from 2.000 to 1.000.",
         ),
         (
             [6.5, 5.17],
             [6.6, 5.87],
-            "It **begins to over-fit**: training loss ends at 5.170 and validation loss at 5.870. "
-            "This gap has grown from 0.100 after the first epoch to 0.700.",
+            "**first signs of over-fitting**; training loss ends at 5.170 and validation loss at "
+            "5.870. This gap has grown from 0.100 after the first epoch to 0.700.",
         ),
         ([5.0, 4.0], [6.0, 4.9], "4.900. This gap has not grown since the first epoch"),
         ([4.0], [6.0], "after one epoch. Whether this gap grows is not known."),
         ([4.0], [4.0], "No sign of over-fitting"),
-        ([4.0, math.nan], [4.0, math.nan], "It **has diverged**"),
-        ([4.0, 3.0], [4.0, math.inf], "It **has diverged**"),
+        ([4.0, math.nan], [4.0, math.nan], "It: **divergence**"),
+        ([4.0, 3.0], [4.0, math.inf], "It: **divergence**"),
     ],
 )
 def test_over_fitting_is_judged_by_the_gap_and_by_a_rising_loss(
@@ -142,6 +142,12 @@ def test_over_fitting_is_judged_by_the_gap_and_by_a_rising_loss(
     assert verdict in said
     conclusion = sentences.fitting({"It": losses(train, val)})
     assert ("No sign of over-fitting in It" in conclusion) == ("**" not in said)
+
+
+def test_the_conclusion_on_over_fitting_names_all_that_show_it() -> None:
+    rising, level = losses([3, 2, 1], [2.5, 2, 2.4]), losses([3, 2, 1], [3, 2, 1])
+    said = sentences.fitting({"one": rising, "two": level, "three": rising})
+    assert said == "Over-fitting in one and three."
 
 
 def test_language_models_are_ranked_as_far_as_their_seeds_agree() -> None:
