@@ -187,10 +187,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if accelerator.is_main_process:
         which = ", ".join(f"{i} {names[i]}" for i in sorted(chosen))
         print(f"=> all {len(chosen)} classes" if "all" in args.classes else f"=> classes {which}")
+        if data.decode_once:
+            print(f"=> evaluated on the images' copies of --decode-once {data.decode_once}")
+        files = data.val.paths
         verdicts = [
-            Verdict(
-                Path(data.val.paths[row]), int(data.val.targets[row]), *zip(*answers, strict=True)
-            )
+            Verdict(Path(files[row]), int(data.val.targets[row]), *zip(*answers, strict=True))
             for row, *answers in zip(rows, *said, strict=True)
         ]
         report(verdicts, data, names, args)

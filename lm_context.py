@@ -282,11 +282,12 @@ def report(contexts: list[Context], count: int, args: argparse.Namespace) -> Non
     rows = []
     for c in contexts:
         if rises := {k: c.disorder(k) for k in c.shuffled}:
-            rows.append((c.name, {k: f"{rise.value:+.3f}" for k, rise in rises.items()}, []))
+            name = f"{c.name} (of the last {c.window})"
+            rows.append((name, {k: f"{rise.value:+.3f}" for k, rise in rises.items()}, []))
             errors = {k: f"{rise.error:.3f}" for k, rise in rises.items()}
             rows.append(("  ± standard error", errors, []))
     if rows:
-        print(f"Its rise by the words in order, those before them (of {SHUFFLED}) shuffled:")
+        print("Its rise by the words in order, those further back shuffled:")
         print_table(rows, [])
     print("", *findings(contexts), sep="\n")
     with writing(args.output_dir / CSV) as temporary, temporary.open("w", newline="") as file:

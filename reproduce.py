@@ -4,11 +4,11 @@
     python reproduce.py --data data/tiny-imagenet-200 --text data/wikitext-2 --epochs 30 \\
         --seeds 1 2 3 --image-flags "-b 256 --lr 0.1" --output-dir output/full
 
-Image classifiers are trained in each way that the machine allows (a CPU with one process, with
-four, with four parts of each batch and in bf16, one GPU, four), and once with another seed, to
-tell a difference from chance; language models of three kinds with two seeds. The commands and
-what they printed are in logs/. Interrupted, the same command goes on: what is done is not done
-again. What fails is named, a command with its log, and the rest of the report still appears.
+An image classifier is trained in each way that the machine allows (on a CPU with one process,
+with four, in four parts of each batch and in bf16; on one GPU, on four), and once more with another
+seed, to tell a difference from chance. Three language models are trained with two seeds each. What
+the commands print is in logs/. An interrupted report goes on with the same command. What fails is
+named, a command with its log, and the rest of the report still appears.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import platform
 import re
 import shlex
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
 from typing import Any
 
@@ -46,8 +48,8 @@ def make_parser() -> ArgumentParser:
     add("--text-epochs", type=positive_int, default=12, metavar="N",
         help="of the language models: enough for validation to stop getting better")
     add("--seeds", type=non_negative_int, nargs="+", default=[1], metavar="N",
-        help="every training is repeated with each; with one alone, one CPU training and the "
-        "language models with the next as well")
+        help="train everything with each; one alone is joined by the next, for the first "
+        "classifier and the language models")
     add("--image-flags", metavar="FLAGS", help="more flags of resnet_main.py",
         default="--stem stock --image-size 32 -b 128 --lr 0.024 --lr-schedule cosine "
         "--warmup-epochs 1")
@@ -69,8 +71,8 @@ from PIL import Image
 
 import lm_main
 import resnet_main
-from diff_eval import HEAD, LABEL, SHEET, THUMBNAIL
-from engine.curves import Curve, draw_curves, read_curves
+from diff_eval import COMPARISON, HEAD, LABEL, SHEET, THUMBNAIL
+from engine.curves import draw_curves, read_curves
 from engine.files import writing
 from engine.intervals import wilson
 from image_classification.folders import find_images
@@ -82,12 +84,11 @@ from report import figures, sentences
 from report.figures import Answers, Curves
 from report.page import Page, fenced, figure, folded, quoted, table
 from report.plan import CONTROL, WAYS, Groups, check_flags, grouped, image_trainings, text_trainings
-from report.sentences import spread
+from report.sentences import short, spread
 from report.steps import Steps, script
-from word_language_model.checkpoint import load, read_spec, restore_model
+from word_language_model.checkpoint import load, restore_model
 from word_language_model.data import corpus_files
 
-METRICS = ("Loss", "Acc@1", "Acc@5")
 SHEET_LINES = 4  # of a contact sheet, that the page shows
 
 
@@ -106,8 +107,8 @@ def first(runs: Mapping[int, str]) -> str:
     return next(iter(runs.values()))
 
 
-def best_epoch(curve: Curve, choose: Callable[..., int] = min) -> int:
-    return choose(curve, key=lambda epoch: curve[epoch])
+def bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def add_sizes(page: Page, args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
@@ -129,7 +130,7 @@ def add_sizes(page: Page, args: argparse.Namespace, settings: Mapping[str, Any])
 def add_images(
     page: Page, commands: dict[str, list[str]], trained: list[str], args: argparse.Namespace
 ) -> None:
-    page.add("## 2. Trainings over each other")
+    page.add("## 2. One classifier, trained in several ways")
     page.show(commands)
     ways = {name.rpartition("-seed")[0] for name in commands}
     lines = [f"- **{way.title}**: {way.what}" for name, way in WAYS.items() if name in ways]
@@ -141,12 +142,32 @@ def add_images(
     if not trained:
         return
     groups = grouped(trained, args)
-    answers: Answers | None = page.attempt(Answers, groups, args.data)
-    page.attempt(add_trainings, groups, answers, len(args.seeds))
+    answers = page.attempt(ask, groups, args.data)
+    page.attempt(add_trainings, groups, answers)
     page.add("## 3. Is it the hardware, or would another seed do the same?")
     if answers:
         page.attempt(add_disagreements, answers)
     add_sheets(page, groups, args.data)
+
+
+def ask(page: Page, groups: Groups, data: str) -> Answers:
+    """The answers of each last epoch's model: the best one was chosen by these very images."""
+    root = resolve(data, download=False)
+    found = find_images(root)
+    folder = page.folder / "answers"
+    folder.mkdir(exist_ok=True)
+    commands = {}
+    for name in itertools.chain.from_iterable(runs.values() for runs in groups.values()):
+        flags = [page.folder / name / "checkpoint.pth", root / "val", "--top", 1]
+        commands[f"{name} answers"] = script("predict.py", *flags, "--csv", folder / f"{name}.csv")
+    done = page.run(commands)
+    of: dict[str, dict[int, list[str]]] = {}
+    for title, runs in groups.items():
+        for seed, name in runs.items():
+            if f"{name} answers" in done:
+                answers = figures.read_answers(folder / f"{name}.csv", found.val.paths)
+                of.setdefault(title, {})[seed] = answers
+    return Answers([found.classes[target] for target in found.val.targets], of)
 
 
 def add_curves(page: Page, groups: Groups) -> dict[str, list[Curves]]:
@@ -155,135 +176,125 @@ def add_curves(page: Page, groups: Groups) -> dict[str, list[Curves]]:
         title: [read_curves(page.folder / name / "logs") for name in names.values()]
         for title, names in groups.items()
     }
-    pictures = {
-        f"{metric} by epoch": f"{metric.replace('@', '')}.png".lower() for metric in METRICS
-    }
-    for metric, file in zip(METRICS, pictures.values(), strict=True):
+    files = {"Loss": "loss.png", "Acc@1": "acc1.png", "Acc@5": "acc5.png"}
+    for metric, file in files.items():
         draw_curves(runs, [metric], page.pictures / file)
-    band = " Bands reach from the least to the greatest seed." * any(
-        len(r) > 1 for r in runs.values()
-    )
+    repeated = any(len(several) > 1 for several in runs.values())
+    band = " Bands reach from the least to the greatest seed." * repeated
     page.add(
         figure(
-            "Solid: validation images; dashed: training images, whose crops and flips make them "
-            f"harder, in the mean of an epoch in which the model gets better.{band} Where solid "
-            "lines cross each other from epoch to epoch, their order at the end means little.",
-            pictures,
+            "Solid: validation images. Dashed: training images, harder by their crops and flips, "
+            f"and averaged over an epoch in which the model improves.{band} Where solid lines "
+            "cross again and again, their order at the end means little.",
+            {f"{metric} by epoch": file for metric, file in files.items()},
         )
     )
     return runs
 
 
-def add_trainings(page: Page, groups: Groups, answers: Answers | None, seeds: int) -> None:
+def add_trainings(page: Page, groups: Groups, answers: Answers | None) -> None:
     runs = add_curves(page, groups)
+    means = {title: figures.mean_curves(several) for title, several in runs.items()}
     count = len(answers.targets) if answers else 0
     rows = []
-    for title, several in runs.items():
-        mean = figures.mean_curves(several)
-        acc1 = [figures.last(run["Acc@1/val"]) for run in several]
-        loss, acc5 = figures.last(mean["Loss/val"]), figures.last(mean["Acc@5/val"])
-        best = best_epoch(mean["Acc@1/val"], max)
-        share = figures.last(mean["Acc@1/val"]) / 100
-        interval = [100 * end for end in wilson(round(share * count), count)] if count else []
-        rates = [rate for run in several for rate in run["Throughput/train"].values()]
-        seconds = sum(map(page.steps.seconds, groups[title].values())) / len(several)
+    for title, mean in means.items():
+        end = {tag: figures.last(curve) for tag, curve in mean.items()}
+        acc1 = [figures.last(run["Acc@1/val"]) for run in runs[title]]
+        best = max(mean["Acc@1/val"], key=mean["Acc@1/val"].__getitem__)
+        hits = round(end["Acc@1/val"] / 100 * count)
+        interval = [f"{100 * limit:.1f}" for limit in wilson(hits, count)] if count else []
+        seconds = fmean(map(page.steps.seconds, groups[title].values()))
         rows.append(
             [
-                *(title, spread(acc1, 1), " to ".join(f"{end:.1f}" for end in interval)),
-                f"{figures.last(mean['Acc@1/train']):.1f}",
-                *(f"{acc5:.1f}", f"{figures.last(mean['Loss/train']):.3f} / {loss:.3f}"),
-                *(best, f"{seconds:.0f} s", f"{sum(rates) / len(rates):.0f}"),
+                *(title, spread(acc1), " to ".join(interval), f"{end['Acc@1/train']:.1f}"),
+                *(
+                    f"{end['Acc@5/val']:.1f}",
+                    f"{short(end['Loss/train'])} / {short(end['Loss/val'])}",
+                ),
+                *(best, f"{seconds:.0f} s", f"{fmean(mean['Throughput/train'].values()):.0f}"),
             ]
         )
     head = ["training", "Acc@1", "95 % interval", "Acc@1 in training", "Acc@5"]
     page.add(table([*head, "loss: training / validation", "best epoch", "time", "images/s"], rows))
     page.add(
-        "Figures of the last epoch (epochs count from 0), in the mean of the seeds where there are "
-        "several. The interval is Wilson's: what other images of the same kind would give."
+        "Figures are of the last epoch (epochs count from 0), and means where there are several "
+        "seeds. The interval is Wilson's: it covers the choice of the images, not the seed."
     )
-    add_gaps(page, runs, answers, seeds)
-    means = {title: figures.mean_curves(several) for title, several in runs.items()}
+    add_gaps(page, runs, answers)
     add_coincidences(page, groups, runs)
-    page.add("\n".join(f"- {line}" for line in sentences.over_fitting(means)))
+    page.add(bullets(sentences.over_fitting(means)))
     page.conclude("**Losses:**", sentences.fitting(means))
 
 
-def add_gaps(
-    page: Page, runs: Mapping[str, list[Curves]], answers: Answers | None, seeds: int
-) -> None:
+def add_gaps(page: Page, runs: Mapping[str, list[Curves]], answers: Answers | None) -> None:
     """Which gaps of Acc@1 are larger than images and seeds explain."""
     reference, *others = runs
-    has_control = CONTROL in runs and reference == WAYS["cpu"].title
-    control = answers.gap(CONTROL, reference) if answers and has_control else None
-    beyond: dict[str, float] = {}
-    within: dict[str, float] = {}
+    two_seeds = answers.gap(CONTROL, reference) if answers else None
+    control = abs(two_seeds.value) if two_seeds else None
+    several = any(len(of) > 1 for of in runs.values())
+    gaps: dict[bool, dict[str, float]] = {True: {}, False: {}}  # beyond chance, within
     said: list[str] = []
     for title in (title for title in others if title != CONTROL):
-        acc1 = [[figures.last(run["Acc@1/val"]) for run in runs[t]] for t in (title, reference)]
-        if interval := sentences.seeds_interval(*acc1) if seeds > 1 else None:
-            gap, chance = sum(acc1[0]) / len(acc1[0]) - sum(acc1[1]) / len(acc1[1]), None
-            said.append(sentences.seeds_gap(title, reference, gap, interval, seeds))
-        elif answers and (found := answers.gap(title, reference)):
-            (gap, interval), chance = found, abs(control[0]) if control else None
-            said.append(sentences.image_gap(title, reference, gap, interval, chance))
-        else:
-            continue
-        (beyond if sentences.exceeds(gap, interval, chance) else within)[title] = gap
+        ours, theirs = (
+            [figures.last(run["Acc@1/val"]) for run in runs[t]] for t in (title, reference)
+        )
+        gap, basis = figures.seeds_gap(ours, theirs), "seeds"
+        if gap is None and answers:
+            gap, basis = answers.gap(title, reference), "images"
+        if gap:
+            gaps[sentences.is_beyond(gap, control)][title] = gap.value
+            said.append(sentences.accuracy_gap(title, reference, gap, basis, control))
+    beyond, within = gaps[True], gaps[False]
     processes, parts = (WAYS[way].title for way in ("cpu4", "parts4"))
-    gaps = beyond | within
-    if processes in beyond and parts in gaps:
-        said.append(sentences.cause(gaps[processes], gaps[parts]))
-    if control:
-        said.append(sentences.two_seeds(*control))
-    page.add("\n".join(f"- {line}" for line in said))
-    if others:
-        page.conclude(sentences.accuracy(beyond, within, reference, seeds))
+    if processes in beyond and parts in beyond | within:
+        said.append(sentences.cause(beyond[processes], (beyond | within)[parts]))
+    if two_seeds:
+        said.append(sentences.two_seeds(two_seeds))
+    page.add(bullets(said))
+    if beyond or within:
+        page.conclude(sentences.accuracy(beyond, within, reference, several, control))
 
 
 def add_coincidences(page: Page, groups: Groups, runs: Mapping[str, list[Curves]]) -> None:
     """Which curves are the same; of four processes and four parts it is said in any case."""
     reference, *_ = runs
-    seeds = figures.farthest([*runs[reference], *runs.get(CONTROL, [])], "Loss/val")
+    pairs = itertools.combinations([*runs[reference], *runs.get(CONTROL, [])], 2)
+    seeds = max((max(figures.apart(*pair)) for pair in pairs), default=None)
+    if seeds is None:
+        return
     expected = {WAYS["cpu4"].title, WAYS["parts4"].title}
     of = {title: dict(zip(groups[title], runs[title], strict=True)) for title in runs}
     for one, other in itertools.combinations(of, 2):
         both = of[one].keys() & of[other].keys()  # none with the control
-        pairs = [figures.apart(of[one][s], of[other][s], "Loss/val") for s in both]
-        distances = [max(after) for after in zip(*pairs, strict=True)]
-        if not distances:
-            continue
-        level = figures.last(runs[one][0]["Loss/val"])
-        if sentences.is_near(max(distances), seeds, level) or {one, other} == expected:
-            page.add(sentences.coincidence(one, other, distances, seeds, level))
+        after = zip(*(figures.apart(of[one][s], of[other][s]) for s in both), strict=True)
+        distances = [*map(max, after)]
+        if both and (sentences.is_near(max(distances), seeds) or {one, other} == expected):
+            page.add(sentences.coincidence(one, other, distances, seeds))
 
 
 def add_disagreements(page: Page, answers: Answers) -> None:
-    page.show(answers.commands)
-    of = {title: found for title, found in answers.of.items() if found}
-    titles = [*of]
-    if len(titles) < 2:
+    of, count = answers.of, len(answers.targets)
+    if len(of) < 2:
         return
     shares = {(one, other): figures.disagreement(of[one], of[other]) for one in of for other in of}
     page.add("Per cent of the validation images on which two trainings give different answers:")
     rows = []
-    for one in titles:
-        cells = ["" if (s := shares[one, o]) is None else f"{100 * s:.1f}" for o in titles]
+    for one in of:
+        cells = ["" if (s := shares[one, other]) is None else f"{100 * s:.1f}" for other in of]
         rows.append([f"**{one}**", *cells])
-    page.add(table(["", *titles], rows))
+    page.add(table(["", *of], rows))
     page.add(
-        "Trainings of the same seed are compared where they have one, in the mean of all seeds; "
-        "the diagonal has two seeds of the same training, where there are two. Each answer is that "
-        "of the last epoch's model, computed in float32."
+        "Two trainings are compared with the same seed where they share one, and averaged over all "
+        "such seeds. The diagonal compares the seeds of one training. The answers are those of the "
+        "last epoch's models, computed in float32."
     )
-    reference, *others = titles
+    reference, *others = of
     seeds = shares[reference, CONTROL if CONTROL in of else reference]
-    count, said = len(answers.targets), []
-    compared = {t: s for t in others if t != CONTROL and (s := shares[t, reference]) is not None}
-    for title, share in compared.items():
-        said.append(sentences.disagreement(title, reference, share, seeds, count))
-    page.add("\n".join(f"- {line}" for line in said))
-    if compared:
-        page.conclude(sentences.disagreements(compared, reference, seeds, count))
+    found = {t: s for t in others if t != CONTROL and (s := shares[t, reference]) is not None}
+    if found and seeds is not None:
+        said = sentences.disagreements(found, reference, seeds, count)
+        page.add(said)
+        page.conclude(said)
 
 
 def add_sheets(page: Page, groups: Groups, data: str) -> None:
@@ -307,60 +318,55 @@ def add_sheet(page: Page, name: str, title: str, data: str, *flags: object) -> N
     with Image.open(folder / SHEET) as sheet, writing(path) as temporary:
         height = min(sheet.height, HEAD + SHEET_LINES * (THUMBNAIL + 8 + LABEL))
         sheet.crop((0, 0, sheet.width, height)).save(temporary, "JPEG", quality=80)
-    said = page.steps.output(name, "=> classes").splitlines()
-    classes = said[0].removeprefix("=> ")
+    classes, *_ = page.steps.output(name, "=> classes").splitlines()
     page.add(
         figure(
-            f"{title}, of {classes}: the surest answers first, at most {SHEET_LINES} lines of "
-            f"them; all images lie in {folder}. Green answers are right. Look for what the wrong "
-            "ones have in common.",
+            f"{title}, of {classes.removeprefix('=> ')}. The surest answers come first; {folder} "
+            "has all of them. Green answers are right. Look for what the wrong ones have in "
+            "common.",
             {title: path.name},
         )
     )
-    comparison = folder / "comparison.json"
-    if "--misclassified" not in flags and comparison.exists():
+    if (comparison := folder / COMPARISON).exists():  # of two models
         page.add(json.loads(comparison.read_text("utf-8"))["sentence"])
 
 
 def add_language_models(page: Page, groups: Groups) -> None:
-    rows, runs, costs, tests, valid = [], {}, {}, {}, {}
+    rows, runs, parameters, tests = [], {}, [], {}
     for model, names in groups.items():
-        curves = [read_curves(page.folder / f"{name.lower()}.logs") for name in names.values()]
-        mean = figures.mean_curves(curves)
-        runs[model], valid[model] = curves, mean["Perplexity/val"]
+        runs[model] = [read_curves(page.folder / f"{name.lower()}.logs") for name in names.values()]
         ends = [page.steps.output(name, "| End of training") for name in names.values()]
         tests[model] = [float(re.findall(r"test ppl +(\S+)", end)[0]) for end in ends]
-        checkpoint = load(page.folder / f"{first(names).lower()}.pt")
-        bptt = checkpoint.value("bptt", int) or 35
-        cost = costs[model] = figures.cost(restore_model(checkpoint)[0], bptt)
-        seconds = sum(map(page.steps.seconds, names.values())) / len(names)
-        least = best_epoch(valid[model])
-        sizes = [f"{n:,}" for n in (cost.parameters, cost.in_layers, cost.multiply_adds)]
-        best = [min(run["Perplexity/val"].values()) for run in curves]
-        rows.append([model, *sizes, least, spread(best, 1), spread(tests[model], 1)])
+        network, _ = restore_model(load(page.folder / f"{first(names).lower()}.pt"))
+        parameters.append(sum(p.numel() for p in network.parameters()))
+        valid = figures.mean_curves(runs[model])["Perplexity/val"]
+        least = min(valid, key=valid.__getitem__)
+        best = [min(run["Perplexity/val"].values()) for run in runs[model]]
+        seconds = fmean(map(page.steps.seconds, names.values()))
+        rows.append([model, f"{parameters[-1]:,}", least, spread(best), spread(tests[model])])
         rows[-1].append(f"{seconds:.0f} s")
-    head = ["model", "parameters", "in the layers", "multiply-adds a word", "best epoch"]
-    page.add(table([*head, "validation perplexity", "test perplexity", "time"], rows))
+    head = ["model", "parameters", "best epoch", "validation perplexity", "test perplexity", "time"]
+    page.add(table(head, rows))
     page.add(
-        "Means of the seeds, and from the least to the greatest. Parameters outside of the layers "
-        "are the words' embeddings and the decoder's. Epochs count from 1; the test perplexity is "
-        "the best epoch's model's."
+        "Means of the seeds, and from the least to the greatest. Epochs count from 1. A "
+        "training's perplexity is that of its best epoch."
     )
-    order, better = sentences.ranking(tests), sentences.improving(valid)
-    page.add(sentences.sizes([cost.parameters for cost in costs.values()]), order, better)
+    means = {model: figures.mean_curves(curves) for model, curves in runs.items()}
+    order = sentences.ranking(tests)
+    better = sentences.improving({model: mean["Perplexity/val"] for model, mean in means.items()})
+    page.add(sentences.sizes(parameters), order, better)
     draw_curves(runs, ["Loss"], page.pictures / "text_loss.png")
     draw_curves(runs, ["Perplexity"], page.pictures / "text_perplexity.png")
     page.add(
         figure(
-            "Solid: validation text; dashed: training text, with dropout and in the mean of an "
-            "epoch in which the model gets better. A flat solid line: more epochs bring nothing. "
-            "Below it a dashed line that goes on falling: the model learns its training text by "
+            "Solid: validation text. Dashed: training text, with dropout, and averaged over an "
+            "epoch in which the model improves. Where the solid line is flat, more epochs bring "
+            "nothing; if the dashed line still falls there, the model learns its training text by "
             "heart.",
             {"Loss by epoch": "text_loss.png", "Perplexity by epoch": "text_perplexity.png"},
         )
     )
-    means = {model: figures.mean_curves(curves) for model, curves in runs.items()}
-    page.add("\n".join(f"- {line}" for line in sentences.over_fitting(means)))
+    page.add(bullets(sentences.over_fitting(means)))
     page.conclude(f"**Language models:** {order}", better, sentences.fitting(means))
 
 
@@ -399,46 +405,43 @@ def add_context(page: Page, groups: Groups, text: str) -> None:
     flags = [*models.values(), "--data", text, "--output-dir", page.pictures]
     if not page.run({"context": script("lm_context.py", *flags)}):
         return
-    said = page.steps.output("context", "Loss of ")
-    shown, _, findings = said.partition("\n\n")
+    shown, _, findings = page.steps.output("context", "Loss of ").partition("\n\n")
     found = figures.read_contexts(page.pictures / CONTEXT_CSV)
     rows = []
     for model, path in models.items():
         checkpoint = load(path)
-        spec, window = read_spec(checkpoint), checkpoint.value("bptt", int) or 35
-        cost = figures.cost(restore_model(checkpoint)[0], window)
-        can = sentences.reach(model, spec.nlayers, window, spec.kernel_size)
-        measured = f"{found[model]['effective context']:.0f} of {found[model]['most']:.0f}"
-        costs = [f"{cost.in_layers:,}", f"{cost.multiply_adds:,}"]
-        rows.append([model, *can, *costs, measured, f"{found[model]['loss']:.3f}"])
+        network, window = restore_model(checkpoint)[0], checkpoint.value("bptt", int) or 35
+        layers, multiply_adds = figures.cost(network, window)
+        can = {
+            "Transformer": [f"the {window} words of its window", "1", "from the words themselves"],
+            "LSTM": ["no limit", "1 for each word between", "fixed, with gates"],
+            "CNN": [f"{network.receptive_field} words", "at most 1 a layer", "fixed, with a gate"],
+        }[model]
+        needs = f"{found[model]['effective context']:.0f} of {found[model]['most']:.0f}"
+        costs = [f"{layers:,}", f"{multiply_adds:,}"]
+        rows.append([model, *can, *costs, needs, f"{found[model]['loss']:.3f}"])
     answer = sentences.context(found)
     page.add(f"{sentences.allowed([*models])} {answer}")
     head = ["model", "can see", "steps to a prediction", "weights of the words seen"]
     head += ["parameters in its layers", "multiply-adds a word", "words it needs", "loss (nats)"]
     page.add(table(head, rows))
     page.add(
-        "Measured are the words that a model needs to come within 1 % of its lowest loss, of those "
-        "that it was shown, and its loss with all of them; the rest follows from its architecture."
+        "The last two columns are measured, with the first seed's models: the words that a model "
+        "needs to come within 1 % of its lowest loss, of those that it was shown, and its loss "
+        "with all of them. The others follow from the architecture."
     )
     caption = (
-        "Left: the loss of a word by how many words before it a model was shown; where a line "
-        "becomes flat, the model makes nothing of more. Right: the rise of its loss when only the "
-        "nearest words are in order; where it is zero, the order of words further back is nothing "
-        "to the model. Bands are 95 % intervals."
+        "Left: the loss of a word by how many words before it a model was shown. Where a line is "
+        "flat, more words do not help. Right: how much the loss rises when only the nearest words "
+        "stay in order. Where it is zero, the order of words further back does not matter. Bands "
+        "are 95 % intervals."
     )
     page.add(figure(caption, {"Loss by context, and by words in order": CONTEXT_PICTURE}))
-    page.add(fenced(shown), "\n".join(f"- {line}" for line in findings.splitlines()))
+    page.add(fenced(shown), bullets(findings.splitlines()))
     page.conclude("**Context:**", answer)
 
 
-def add_head(page: Page, args: argparse.Namespace, shaping: Mapping[str, Any]) -> None:
-    flags: list[object] = []
-    for name, value in shaping.items():
-        flag = f"--{name.replace('_', '-')}"
-        flags += [flag, *value] if isinstance(value, list) else [f"{flag}={value}"]
-    flags += ["--only", *args.only] if args.only != [*SECTIONS] else []
-    if args.output_dir != make_parser().get_default("output_dir"):
-        flags += ["--output-dir", args.output_dir]
+def add_head(page: Page, args: argparse.Namespace, argv: Sequence[str]) -> None:
     gpus = torch.cuda.device_count()
     page.add(
         "# Report",
@@ -446,7 +449,7 @@ def add_head(page: Page, args: argparse.Namespace, shaping: Mapping[str, Any]) -
         f"{gpus or 'no'} GPU{'s' * (gpus != 1)}, with torch {torch.__version__} and Python "
         f"{platform.python_version()}.",
         folded(
-            "the command that made this page", fenced(shlex.join(script("reproduce.py", *flags)))
+            "the command that made this page", fenced(shlex.join(script("reproduce.py", *argv)))
         ),
     )
 
@@ -459,7 +462,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own = ("output_dir", "only", "local_rank")  # may differ from call to call
     shaping = {key: value for key, value in vars(args).items() if key not in own}
     page = Page(Steps(args.output_dir, shaping, identities(args)))
-    add_head(page, args, shaping)
+    add_head(page, args, sys.argv[1:] if argv is None else argv)
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise stop.Stopped(signum)
@@ -473,7 +476,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if images or texts:
             print(
                 f"=> {len(images)} image trainings of {args.epochs} epochs and {len(texts)} "
-                f"language models of {args.text_epochs}; their first epochs tell how long"
+                f"language models of {args.text_epochs}; how long is said after two epochs of each"
             )
         trained = page.steps.run(images, args.epochs)  # before section 1, which looks into one
         if "sizes" in args.only:
@@ -482,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             add_images(page, images, trained, args)
         models = page.steps.run(texts, args.text_epochs)
         if texts:
-            page.add("## 4. Language models of the same size")
+            page.add("## 4. Language models")
             page.show(texts)
         if models:
             groups = grouped(models, args)

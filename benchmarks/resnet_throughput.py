@@ -75,7 +75,8 @@ def kit(work: str, flags: list[str], rows: list[int], compiled: bool = False) ->
 def subset(
     images: DecodedImages | ImageFiles, rows: list[int], args: argparse.Namespace
 ) -> DecodedImages | ImageFiles:
-    paths, targets = [images.paths[row] for row in rows], images.targets[rows]
+    whole = images.paths
+    paths, targets = [whole[row] for row in rows], images.targets[rows]
     if isinstance(images, DecodedImages):
         return DecodedImages(
             images.images[rows],

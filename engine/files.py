@@ -249,11 +249,14 @@ def lock(path: Path, flag: str, patience: float) -> IO[str] | None:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 return None
         if time.monotonic() > deadline:
-            file.seek(0)
-            raise UserError(
-                f"another run ({file.read() or 'just started'}) writes to {path.parent}: wait for "
-                f"its end, or choose another place with {flag}"
-            )
+            # A POSIX lock ends when its process closes the file under any descriptor: this one must
+            # not be open when the caller tries again.
+            with file:
+                file.seek(0)
+                raise UserError(
+                    f"another run ({file.read() or 'just started'}) writes to {path.parent}: wait "
+                    f"for its end, or choose another place with {flag}"
+                )
         time.sleep(0.2)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
@@ -166,6 +166,8 @@ class _Decoded(Dataset[tuple[torch.Tensor, torch.Tensor, str]]):
             shape = (side, side, 3) if self.scaled else (3, side, side) if side else (2,)
             nothing = torch.zeros(shape, dtype=torch.uint8 if side else torch.int32)
             return nothing, torch.zeros(2, dtype=torch.int32), describe(error)
+        except OSError as error:  # `NOT_THE_FILES`, and not the disk with the decoded file either
+            raise RuntimeError(f"{path}: {error}") from error
 
 
 def _decode(
@@ -175,7 +177,7 @@ def _decode(
 
     Args:
         bad: is given what cannot be decoded, each with the reason. Its pixels and size are zeros.
-        done: images that the bar has behind it.
+        done: images of an earlier call, for the bar.
     """
     total, row = len(decoded), 3 * decoded.side**2
     loader = DataLoader(
@@ -286,14 +288,16 @@ def decoded_images(
         place = _digest(str(root.resolve()), where.st_dev, where.st_ino)
         cache = Path(tempfile.gettempdir(), f".decoded-{place}-{kind}{dataset}.uint8")
     unfinished = cache.with_suffix(".unfinished")
+    others = cache.name.replace(dataset, "?" * len(dataset))
     if not is_whole():
         try:
             with _alone(cache.with_suffix(".lock")):
                 if not is_whole():
-                    others = cache.name.replace(dataset, "?" * len(dataset))
                     _remove_others(unfinished, others)
                     _write(unfinished, _Decoded(paths, side, scaled), workers)
-                if not is_whole():  # nor has a process whose lock is not seen here been faster
+                if is_whole():  # a process whose lock is not seen here was faster
+                    unfinished.unlink(missing_ok=True)
+                else:
                     unfinished.replace(cache)
                     _remove_others(cache, others)
         except OSError as error:
@@ -301,10 +305,12 @@ def decoded_images(
                 f"cannot write {cache}: {error.strerror or error}; make room, and decoding goes on "
                 f"where it was, or delete {unfinished}"
             ) from error
-    # Not torch.from_file, which takes no name that is not UTF-8.
+    # Not torch.from_file, which takes no name that is not UTF-8. Read-only: Linux refuses a
+    # writable map that is larger than the memory of the machine.
     with cache.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-    images = torch.frombuffer(mapped, dtype=torch.uint8, count=pixels)
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings(action="ignore"):  # torch knows no read-only tensors
+        images = torch.frombuffer(mapped, dtype=torch.uint8, count=pixels)
     shape = (len(paths), side, side, 3) if scaled else (len(paths), 3, side, side)
     images = images.view(shape).permute(0, 3, 1, 2) if scaled else images.view(shape)
     sizes = np.frombuffer(bytearray(mapped[pixels:]), np.int32).reshape(-1, 2)
@@ -319,6 +325,7 @@ def _alone(path: Path) -> Iterator[None]:
     except UserError:
         print("=> another process decodes the images: waiting for it", flush=True)
         held = lock(path, "", patience=math.inf)
+        path.touch()  # a change of the folder: NFS then looks anew whether the file is there
     try:
         yield
     finally:
@@ -372,12 +379,13 @@ def _write(path: Path, decoded: _Decoded, workers: int) -> None:
         def flush() -> None:
             nonlocal first
             if first < next_row:
-                file.flush()
-                os.fsync(file.fileno())
                 start, end = missing[first], missing[next_row - 1] + 1
+                # A disk reports a failure once: after one, the next `fsync` succeeds, and must not
+                # vouch for these images.
+                first = next_row
+                _to_disk(file)
                 file.seek(pixels_end + start * SIZES.itemsize)
                 file.write(sizes[start:end].tobytes())
-                first = next_row
 
         flushed = time.monotonic()
         try:
@@ -393,9 +401,15 @@ def _write(path: Path, decoded: _Decoded, workers: int) -> None:
                     flushed = time.monotonic()
         finally:
             flush()
+        _to_disk(file)  # the last sizes: its name will say that the file is whole
     if bad:
-        path.unlink()
+        path.unlink(missing_ok=True)
         raise _bad_files(bad, len(paths))
+
+
+def _to_disk(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _amount(size: int) -> str:

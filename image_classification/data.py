@@ -74,24 +74,33 @@ class DecodedImages:
 class ImageFiles(Dataset[Any]):
     """Image files of any size, which workers crop and resize to [size, size, 3] uint8.
 
-    Their order is that in which images are decoded and convolutions like them (`fast_format`).
+    The channels come last, as decoders give them and convolutions like them (`fast_format`).
     With a sample's row of `draw_crops`, an image gets the original's RandomResizedCrop and
     RandomHorizontalFlip; without one, its Resize and CenterCrop with their ratio of 256 to 224.
     """
 
     def __init__(self, split: Split, size: int) -> None:
-        self.paths, self.targets = split.paths, torch.tensor(split.targets)
+        # Bytes in one array. To read a string writes its reference count, so that each worker would
+        # get a copy of all their memory.
+        self._encoded = np.array([os.fsencode(path) for path in split.paths])
+        self.targets = torch.tensor(split.targets)
         self.size = size
 
+    @property
+    def paths(self) -> list[str]:
+        """The images' files; a new list each time."""
+        return [os.fsdecode(path) for path in self._encoded]
+
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.targets)
 
     def __getitem__(self, key: tuple[int, list[float] | None]) -> torch.Tensor:
         index, drawn = key
+        path = os.fsdecode(self._encoded[index])
         if drawn is None:  # by PIL: its rounding is the original's
-            image = TF.resize(open_image(self.paths[index]), [resized_side(self.size)])
+            image = TF.resize(open_image(path), [resized_side(self.size)])
             return torch.from_numpy(np.array(TF.center_crop(image, [self.size, self.size])))
-        pixels = decode(self.paths[index])
+        pixels = decode(path)
         crop = fit_crops(torch.tensor([drawn]), *pixels.shape[:2])
         box = [int(field) for field in crop[:4]]
         return crop_image(pixels, box, bool(crop.flip), self.size)
@@ -412,6 +421,7 @@ class ImageLoader:
         own_places = self._spread(places, steps) if is_here else [places[rows] for rows in steps]
         own_crops: Iterable[Crops | None] = [None] * len(steps)
         crops = self._crops(self.images, drawn, torch.cat(steps))
+        del drawn  # 118 MB for ImageNet
         if crops is not None:
             own_crops = map(Crops, *(self._split(field, steps) for field in crops))
         for rows, crop in zip(own_places, own_crops, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,44 +14,18 @@ from torch import nn
 
 from engine.curves import Curve
 from engine.intervals import paired_difference
-from image_classification.folders import find_images
-from image_classification.sources import resolve
-from report.page import Page
-from report.plan import Groups
-from report.steps import script
 from word_language_model.model import LanguageModel
 
 Curves = Mapping[str, Curve]  # of one training, by tag
-
-
-class Pair(NamedTuple):
-    """Two models' answers to the same images."""
-
-    images: int
-    disagree: int
-    only_a: int  # images that a alone gets right
-    only_b: int
-
-
-class Cost(NamedTuple):
-    """Of a language model."""
-
-    parameters: int
-    in_layers: int  # of these, neither embedding nor decoder
-    multiply_adds: int  # a word
+# Student's t by degrees of freedom: 95 % lie within.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 12: 2.179}
 
 
 def mean_curves(runs: Sequence[Curves]) -> dict[str, Curve]:
-    """The mean of several trainings' curves at each epoch that all have."""
-    first, *others = runs
+    """The mean of the curves of several seeds."""
     return {
-        tag: {
-            epoch: statistics.fmean(run[tag][epoch] for run in runs)
-            for epoch in curve
-            if all(epoch in run[tag] for run in others)
-        }
-        for tag, curve in first.items()
-        if all(tag in run for run in others)
+        tag: {epoch: statistics.fmean(run[tag][epoch] for run in runs) for epoch in curve}
+        for tag, curve in runs[0].items()
     }
 
 
@@ -58,15 +33,30 @@ def last(curve: Curve) -> float:
     return curve[max(curve)]
 
 
-def apart(one: Curves, other: Curves, tag: str) -> list[float]:
-    """How far two trainings' curves are from each other after each epoch that both have."""
-    return [abs(value - other[tag][e]) for e, value in one[tag].items() if e in other[tag]]
+def apart(one: Curves, other: Curves) -> list[float]:
+    """How far two trainings' validation losses are from each other, after each epoch."""
+    return [abs(value - other["Loss/val"][epoch]) for epoch, value in one["Loss/val"].items()]
 
 
-def farthest(runs: Sequence[Curves], tag: str) -> float | None:
-    """The largest distance between curves of any two of the trainings; None without two."""
-    pairs = itertools.combinations(runs, 2)
-    return max((max(apart(one, other, tag)) for one, other in pairs), default=None)
+class Gap(NamedTuple):
+    """How much larger one of two figures is, and the 95 % interval of that."""
+
+    value: float
+    low: float
+    high: float
+
+
+def seeds_gap(ours: Sequence[float], theirs: Sequence[float]) -> Gap | None:
+    """The gap of two means over seeds, by Student's t test; None for one seed each."""
+    free = len(ours) + len(theirs) - 2
+    if not free:
+        return None
+    groups = [[value - statistics.fmean(group) for value in group] for group in (ours, theirs)]
+    variance = sum(value**2 for group in groups for value in group) / free
+    error = math.sqrt(variance * (1 / len(ours) + 1 / len(theirs)))
+    half = error * STUDENT[max(n for n in STUDENT if n <= free)]
+    gap = statistics.fmean(ours) - statistics.fmean(theirs)
+    return Gap(gap, gap - half, gap + half)
 
 
 def read_answers(path: Path, images: Sequence[str]) -> list[str]:
@@ -76,55 +66,22 @@ def read_answers(path: Path, images: Sequence[str]) -> list[str]:
     return [found[str(Path(image))] for image in images]
 
 
-def compare(a: Sequence[str], b: Sequence[str], targets: Sequence[str]) -> Pair:
-    triples = list(zip(a, b, targets, strict=True))
-    return Pair(
-        len(triples),
-        sum(one != other for one, other, _ in triples),
-        sum(one == target != other for one, other, target in triples),
-        sum(other == target != one for one, other, target in triples),
-    )
+class Answers(NamedTuple):
+    """The last models' answers to the validation images, and the right ones."""
 
+    targets: Sequence[str]
+    of: Mapping[str, Mapping[int, Sequence[str]]]  # by title and seed
 
-class Answers:
-    """The last models' answers to the validation images, and the right ones.
-
-    Of the last epoch: the best one was chosen by these very images.
-    """
-
-    def __init__(self, page: Page, groups: Groups, data: str) -> None:
-        root = resolve(data, download=False)
-        found = find_images(root)
-        names = [name for runs in groups.values() for name in runs.values()]
-        self.tables = {name: page.folder / "answers" / f"{name}.csv" for name in names}
-        checkpoints = {name: page.folder / name / "checkpoint.pth" for name in names}
-        self.commands = {
-            name + " answers": script(
-                *("predict.py", checkpoints[name], root / "val", "--top", 1),
-                *("--csv", self.tables[name]),
-            )
-            for name in names
-        }
-        (page.folder / "answers").mkdir(exist_ok=True)
-        done = page.steps.run(self.commands)
-        self.targets = [found.classes[target] for target in found.val.targets]
-        self.of: dict[str, dict[int, list[str]]] = {}  # by title and seed
-        for title, runs in groups.items():
-            self.of[title] = {
-                seed: read_answers(self.tables[name], found.val.paths)
-                for seed, name in runs.items()
-                if f"{name} answers" in done
-            }
-
-    def gap(self, title: str, other: str) -> tuple[float, tuple[float, float]] | None:
-        """Points of Acc@1 between the first models of two titles, and their 95 % interval."""
-        if not (self.of[title] and self.of[other]):
+    def gap(self, title: str, other: str) -> Gap | None:
+        """Points of Acc@1 between two titles' first seeds, paired; None where answers lack."""
+        if not (title in self.of and other in self.of):
             return None
         (mine, *_), (theirs, *_) = self.of[title].values(), self.of[other].values()
-        pair = compare(mine, theirs, self.targets)
-        low, high = paired_difference(pair.only_a, pair.only_b, pair.images)
-        gap = (pair.only_a - pair.only_b) / pair.images
-        return 100 * gap, (100 * low, 100 * high)
+        triples = [*zip(mine, theirs, self.targets, strict=True)]
+        only_a = sum(a == target != b for a, b, target in triples)
+        only_b = sum(b == target != a for a, b, target in triples)
+        low, high = paired_difference(only_a, only_b, len(triples))
+        return Gap(100 * (only_a - only_b) / len(triples), 100 * low, 100 * high)
 
 
 def disagreement(
@@ -147,22 +104,21 @@ def disagreement(
     return statistics.fmean(shares) if shares else None
 
 
-def cost(model: LanguageModel, bptt: int) -> Cost:
-    """What a model has and does for a word in a segment of `bptt` words, dropout left out.
+def cost(model: LanguageModel, bptt: int) -> tuple[int, int]:
+    """Parameters in a model's layers, and multiply-adds for a word in a segment of `bptt` words.
 
-    Every weight of a layer is multiplied once a word. Attention multiplies also each query with
-    the keys before it, and their weights with the values: of half of the segment, in the mean.
+    The layers are all but the embedding and the decoder. Every weight of a layer and of the decoder
+    is multiplied once a word. Attention also multiplies each query with the keys before it, and
+    their weights with the values: with half of the segment on average. Dropout is left out.
     """
-    parameters = list(model.parameters())  # a tied matrix is one
     embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding)).weight
     outside = {id(embedding), *map(id, model.decoder.parameters())}
-    layers = [p for p in parameters if id(p) not in outside]
+    layers = [p for p in model.parameters() if id(p) not in outside]
     multiply_adds = model.decoder.weight.numel() + sum(p.numel() for p in layers if p.dim() > 1)
     if model.has_positions:
         attentions = sum(isinstance(m, nn.MultiheadAttention) for m in model.modules())
         multiply_adds += attentions * embedding.shape[1] * (bptt + 1)
-    in_layers = sum(p.numel() for p in layers)
-    return Cost(sum(p.numel() for p in parameters), in_layers, multiply_adds)
+    return sum(p.numel() for p in layers), multiply_adds
 
 
 def read_contexts(path: Path) -> dict[str, dict[str, float]]:
@@ -170,7 +126,7 @@ def read_contexts(path: Path) -> dict[str, dict[str, float]]:
 
     Returns:
         `effective context`, with ` low` and ` high`; `most`, how many words it was shown, and
-        `loss` with these; of a CNN its `receptive field`.
+        `loss` with these.
     """
     found: dict[str, dict[str, float]] = {}
     with path.open(encoding="utf-8", newline="") as file:

@@ -34,8 +34,8 @@ WAYS = {
     "cpu4": Way("four processes", "each takes, and normalises by, a quarter of a batch", "cpu4"),
     "parts4": Way("four parts", "one process takes these quarters one by one", "cpu", PART_FLAGS),
     "cpu_bf16": Way("bf16", "one process on the CPU, in bf16", "cpu_bf16"),
-    "gpu1": Way("one GPU", "in bf16", "gpu1"),
-    "gpu4": Way("four GPUs", "in bf16, likewise", "gpu4"),
+    "gpu1": Way("one GPU", "in bf16, or in fp16 if it lacks bf16", "gpu1"),
+    "gpu4": Way("four GPUs", "as on one GPU, each with a quarter of a batch", "gpu4"),
 }
 CONTROL = "another seed"  # of the reference
 LANGUAGE_MODELS = {"Transformer": 5, "LSTM": 20, "CNN": 20}  # and their learning rates
@@ -122,12 +122,15 @@ def text_trainings(args: argparse.Namespace, settings: Mapping[str, Any]) -> dic
 
 
 def grouped(names: Sequence[str], args: argparse.Namespace) -> Groups:
-    """Trainings that differ in their seeds, together; with one seed the control is another."""
+    """Trainings that differ in their seeds, together. The control stands alone.
+
+    Where the reference has failed, its other seed takes its place, and there is no control.
+    """
     groups: Groups = {}
     for name in names:
         kind, _, seed = name.rpartition("-seed")
         title = WAYS[kind].title if kind in WAYS else kind
-        if kind in WAYS and int(seed) not in args.seeds:
+        if kind in WAYS and int(seed) not in args.seeds and title in groups:
             title = CONTROL
         groups.setdefault(title, {})[int(seed)] = name
     return groups

@@ -9,15 +9,13 @@ from collections.abc import Mapping, Sequence
 
 from engine.curves import Curve
 from engine.intervals import wilson
-from report.figures import Curves, last
+from report.figures import Curves, Gap, last, seeds_gap
 
-RISE = 0.01  # of its least, by which a validation loss rises before that is called over-fitting
-GAP = 0.05  # of the training loss, by which the validation loss lies above it, likewise
-LEVEL = 0.01  # of the perplexity: an epoch that gains less no longer gets better
-MATCHED = 0.05  # models whose parameters differ by less are of the same size
-COINCIDE = 0.25  # of the distance of two seeds: curves that are nearer coincide
-# Student's t by degrees of freedom: 95 % lie within.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 12: 2.179}
+RISE = 0.01  # over-fitting: the validation loss ends this share above its least ...
+GAP = 0.05  # ... or this share above the training loss
+LEVEL = 0.01  # an epoch that lowers the perplexity by a smaller share no longer helps
+MATCHED = 0.05  # models whose parameters differ by less count as of one size
+COINCIDE = 0.25  # curves coincide within this share of the distance of two seeds
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -25,12 +23,10 @@ def listed(parts: Sequence[str]) -> str:
     return f"{', '.join(most)} and {end}" if most else end
 
 
-def spread(values: Sequence[float], decimals: int) -> str:
+def spread(values: Sequence[float]) -> str:
     """The mean, and the range of several."""
-    mean = f"{statistics.fmean(values):.{decimals}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.{decimals}f} to {max(values):.{decimals}f})"
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
 
 def short(loss: float) -> str:
@@ -41,174 +37,120 @@ def points(value: float) -> str:
     return f"{round(value, 1) + 0.0:+.1f}"  # never -0.0
 
 
-def seeds_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % interval of the difference of two means, by Student's t; None for one seed each."""
-    free = len(ours) + len(theirs) - 2
-    if not free:
-        return None
-    groups = [[value - statistics.fmean(group) for value in group] for group in (ours, theirs)]
-    variance = sum(value**2 for group in groups for value in group) / free
-    error = math.sqrt(variance * (1 / len(ours) + 1 / len(theirs)))
-    half = error * STUDENT[max(n for n in STUDENT if n <= free)]
-    difference = statistics.fmean(ours) - statistics.fmean(theirs)
-    return difference - half, difference + half
+def interval(gap: Gap, basis: str) -> str:
+    ends = f"{points(gap.low)} to {points(gap.high)}"
+    return f"{points(gap.value)} points of Acc@1 (95 % interval {ends}, from the {basis})"
 
 
-def exceeds(gap: float, interval: tuple[float, float], chance: float | None) -> bool:
-    """Whether a gap is outside of its interval, and over twice what one other seed makes, if known.
+def is_beyond(gap: Gap, control: float | None) -> bool:
+    """Whether the interval excludes zero and, with a control, the gap is over twice the control's.
 
-    Twice: what a single control shows may be small by luck.
+    Twice: two seeds may be near each other by luck.
     """
-    low, high = interval
-    return not low <= 0 <= high and (chance is None or abs(gap) > 2 * chance)
+    return not gap.low <= 0 <= gap.high and (control is None or abs(gap.value) > 2 * control)
 
 
-def image_gap(
-    title: str, other: str, gap: float, interval: tuple[float, float], chance: float | None
-) -> str:
-    """Of trainings of one seed.
+def accuracy_gap(title: str, other: str, gap: Gap, basis: str, control: float | None) -> str:
+    """How far the Acc@1 of `title` is from that of `other`, and whether that can be chance.
 
     Args:
-        gap: points of Acc@1, of `title` less `other`.
-        interval: of the gap, from the images.
-        chance: points between two seeds of `other`; None if there is one.
+        gap: in points.
+        basis: what gives its interval, "images" or "seeds".
+        control: points between two seeds of `other`; None if not measured.
     """
-    low, high = interval
-    said = (
-        f"{title}: {points(gap)} points of Acc@1 against {other} (95 % interval {points(low)} to "
-        f"{points(high)}), "
-    )
-    if low <= 0 <= high:
-        return said + "which these images cannot tell from none."
-    said += "more than the images explain"
-    if chance is None:
+    said = f"{title}: {interval(gap, basis)} against {other}, "
+    if gap.low <= 0 <= gap.high:
+        return f"{said}no more than other {basis} can make."
+    said += f"more than other {basis} make"
+    if basis == "seeds":
+        return f"{said}."
+    if control is None:
         return f"{said}; what another seed makes was not measured."
-    if exceeds(gap, interval, chance):
-        return f"{said}, and over twice what another seed makes ({chance:.1f})."
-    return f"{said}, but another seed makes {chance:.1f} points as well."
-
-
-def seeds_gap(title: str, other: str, gap: float, interval: tuple[float, float], count: int) -> str:
-    """Of trainings of `count` seeds each, whose spread gives the interval."""
-    low, high = interval
-    verdict = "no more than other seeds make" if low <= 0 <= high else "more than other seeds make"
-    return (
-        f"{title}: {points(gap)} points of Acc@1 against {other} in the mean of {count} seeds "
-        f"(95 % interval {points(low)} to {points(high)} by their spread), {verdict}."
-    )
+    if is_beyond(gap, control):
+        return f"{said}, and over twice what another seed makes ({control:.1f})."
+    return f"{said}, but another seed makes {control:.1f} points."
 
 
 def accuracy(
-    beyond: Mapping[str, float], within: Mapping[str, float], other: str, seeds: int
+    beyond: Mapping[str, float],
+    within: Mapping[str, float],
+    other: str,
+    several: bool,
+    control: float | None,
 ) -> str:
     """The conclusion on Acc@1.
 
     Args:
-        beyond, within: points of Acc@1 to `other` that are more than chance, and the others.
-        seeds: with which each was trained.
+        beyond, within: points of Acc@1 to `other`, of which `is_beyond` is true, and the others.
+        several, control: see `accuracy_gap`.
     """
-    gaps = {**beyond, **within}
-    basis = "one seed each" if seeds == 1 else f"{seeds} seeds each"
-    if not gaps:
-        return f"**Accuracy:** nothing could be compared with {other}."
-    if not any(gaps.values()):
-        return f"**Accuracy** ({basis}): {listed([*gaps])} end with the Acc@1 of {other}."
+    line = "**Accuracy** " + ("(several seeds): " if several else "(one seed each): ")
     if not beyond:
         largest = max(within, key=lambda title: abs(within[title]))
         return (
-            f"**Accuracy** ({basis}): none differs from {other} by more than chance; the largest "
-            f"gap is {points(within[largest])} points of Acc@1, of {largest}."
+            f"{line}no difference from {other} is more than chance can make; the largest gap is "
+            f"{points(within[largest])} points of Acc@1, of {largest}."
         )
     shown = listed([f"{title} ({points(gap)})" for title, gap in beyond.items()])
     rest = listed([f"{title} ({points(gap)})" for title, gap in within.items()] or ["none"])
+    limit = "chance makes (95 %)"
+    if not several:
+        limit = "other images make, with seeds not measured"
+        if control is not None:
+            limit = "other images make, and than twice the gap of one other seed"
     return (
-        f"**Accuracy** ({basis}): further from {other} than by chance, in points of Acc@1: "
-        f"{shown}. Not further: {rest}."
+        f"{line}further from {other} than {limit}, in points of Acc@1: {shown}. The others: {rest}."
     )
 
 
-def two_seeds(gap: float, interval: tuple[float, float]) -> str:
+def two_seeds(gap: Gap) -> str:
     """The control: points of Acc@1 between two seeds of the same training."""
-    low, high = interval
     return (
-        f"The control, the same training of another seed: {points(gap)} points (95 % interval "
-        f"{points(low)} to {points(high)} from the images). One control is little: --seeds 1 2 3 "
-        "repeats every training."
+        f"The control, the same training with another seed: {interval(gap, 'images')}. One control "
+        "is weak evidence: --seeds 1 2 3 repeats every training. Gaps between single trainings are "
+        "counted image by image, with answers computed in float32."
     )
 
 
 def cause(processes: float, parts: float) -> str:
-    """Why four processes differ in Acc@1, if they do: both gaps are against one process."""
-    gaps = f"({points(parts)} points for {points(processes)})"
+    """Why four processes differ in Acc@1: both gaps are against one process."""
+    gaps = f"{points(parts)} points, and four processes by {points(processes)}"
     if abs(processes - parts) <= abs(processes) / 2:
         return (
-            f"One process that computes each batch in four parts differs alike {gaps}. So the "
-            "number of processes is not the cause, but what both do: they cut a batch into "
-            "quarters, which batch normalisation sees one by one."
+            f"One process that computes each batch in four parts differs by {gaps}. So the cause "
+            "is not the number of processes but the quarters of a batch that both compute: batch "
+            "normalisation sees a quarter at a time."
         )
     return (
-        f"One process that computes each batch in four parts differs otherwise {gaps}, although "
-        "both compute the same to rounding: trust neither gap before more seeds say the same."
+        f"One process that computes each batch in four parts differs by {gaps}. The two should "
+        "agree, since they compute the same to rounding: neither gap is to be trusted yet."
     )
 
 
-def is_near(distance: float, seeds: float | None, level: float) -> bool:
-    """Whether curves this far from each other coincide: see `coincidence`."""
-    return distance <= (COINCIDE * seeds if seeds is not None else 0.01 * level)
+def is_near(distance: float, seeds: float) -> bool:
+    """Whether curves this far from each other coincide, beside those of two seeds."""
+    return distance <= COINCIDE * seeds
 
 
-def coincidence(
-    one: str, other: str, distances: Sequence[float], seeds: float | None, level: float
-) -> str:
+def coincidence(one: str, other: str, distances: Sequence[float], seeds: float) -> str:
     """Whether two validation curves are the same.
 
     Args:
         distances: between their losses after each epoch.
-        seeds: the largest distance between two seeds; None if there is one.
-        level: the last loss; where no seeds are known, 1 % of it counts as near.
+        seeds: the largest distance between the curves of two seeds.
     """
     first, most = distances[0], max(distances)
-    scale = f" (two seeds: {short(seeds)})" if seeds is not None else ""
+    said, scale = f"The curves of {one} and {other}", f"; those of two seeds {short(seeds)}."
     if most == 0:
-        return f"The curves of {one} and {other} are the same to the last digit."
-    if is_near(most, seeds, level):
+        return f"{said} are the same to the last digit."
+    if is_near(most, seeds):
+        return f"{said} coincide: their validation losses are at most {most:.2g} apart{scale}"
+    if is_near(first, seeds):
         return (
-            f"The curves of {one} and {other} coincide: their validation losses are never more "
-            f"than {most:.2g} apart{scale}."
+            f"{said} begin together ({first:.2g} apart after the first epoch). Rounding differs, "
+            f"and each step makes that larger: they are up to {short(most)} apart later{scale}"
         )
-    if is_near(first, seeds, level):
-        return (
-            f"The curves of {one} and {other} begin together ({first:.2g} apart after the first "
-            f"epoch) and are up to {short(most)} apart later{scale}: each step makes a "
-            "difference in rounding larger."
-        )
-    return f"The curves of {one} and {other} are up to {short(most)} apart{scale}."
-
-
-def disagreement(title: str, other: str, share: float, seeds: float | None, count: int) -> str:
-    """Whether two kinds of training disagree more than two seeds of one: shares of `count`."""
-    said = f"{title} and {other} disagree on {100 * share:.1f} % of the images"
-    if seeds is None:
-        return f"{said}; how often two seeds do was not measured."
-    said += f", two seeds on {100 * seeds:.1f} %: "
-    if is_more(share, seeds, count):
-        return said + "more than two seeds do."
-    if is_more(seeds, share, count):
-        return said + "fewer than two seeds do."
-    if share <= seeds:
-        return said + "no more than two seeds do."
-    return said + f"more by less than {count} images can tell."
-
-
-def disagreements(shares: Mapping[str, float], other: str, seeds: float | None, count: int) -> str:
-    """The conclusion on how often trainings disagree with `other`, beside two seeds of it."""
-    shown = listed([f"{title} on {100 * share:.1f} %" for title, share in shares.items()])
-    said = f"**Disagreements** with {other}: {shown} of the images"
-    if seeds is None:
-        return f"{said}. How often two seeds disagree was not measured."
-    more = [title for title, share in shares.items() if is_more(share, seeds, count)]
-    end = f"{listed(more)} by more than chance" if more else "none by more than chance"
-    return f"{said}; two seeds of it: {100 * seeds:.1f} %. Above two seeds: {end}."
+    return f"{said} are up to {short(most)} apart{scale}"
 
 
 def is_more(share: float, seeds: float, count: int) -> bool:
@@ -216,159 +158,150 @@ def is_more(share: float, seeds: float, count: int) -> bool:
     return wilson(round(share * count), count)[0] > wilson(round(seeds * count), count)[1]
 
 
-def fit(curves: Curves) -> str:
-    """How a training's losses end, as a word: see `over_fitting`."""
+def disagreements(shares: Mapping[str, float], other: str, seeds: float, count: int) -> str:
+    """The conclusion on how often trainings disagree with `other`, beside two seeds of it."""
+    shown = listed([f"{title} on {100 * share:.1f} %" for title, share in shares.items()])
+    more = [title for title, share in shares.items() if is_more(share, seeds, count)]
+    return (
+        f"**Disagreements** with {other}: {shown} of the images; two seeds of it on "
+        f"{100 * seeds:.1f} %. Clearly more than two seeds: {listed(more or ['none'])}."
+    )
+
+
+def fit(curves: Curves) -> tuple[str, str]:
+    """How a training's losses end: in a word, and in figures. Empty where there is nothing to say.
+
+    A training over-fits if its validation loss rises while its training loss falls, and begins to
+    if its validation loss is left behind by its training loss.
+    """
     train, val = curves["Loss/train"], curves["Loss/val"]
     least, begin, end = min(val, key=lambda epoch: val[epoch]), min(val), max(val)
-    gap = val[end] - train[end]
+    gap, before = val[end] - train[end], val[begin] - train[begin]
     if not math.isfinite(gap):
-        return "diverged"
+        return "divergence", "its losses are not finite"
     if val[end] > (1 + RISE) * val[least] and train[end] < train[least]:
-        return "over-fits"
-    if gap > GAP * train[end]:
-        return "begins to over-fit" if gap > val[begin] - train[begin] else "unclear"
-    return "fits"
+        return "over-fitting", (
+            f"after epoch {least} its validation loss rises from {short(val[least])} to "
+            f"{short(val[end])} while its training loss falls from {short(train[least])} to "
+            f"{short(train[end])}"
+        )
+    if gap <= GAP * train[end]:
+        return "", ""
+    ends = f"training loss ends at {short(train[end])} and validation loss at {short(val[end])}"
+    if begin == end:
+        return "", f"{ends} after one epoch. Whether this gap grows is not known"
+    if gap <= before:
+        return "", f"{ends}. This gap has not grown since the first epoch: no sign of over-fitting"
+    return "first signs of over-fitting", (
+        f"{ends}. This gap has grown from {short(before)} after the first epoch to {short(gap)}"
+    )
 
 
 def over_fitting(trainings: Mapping[str, Curves]) -> list[str]:
-    """Whose validation loss rises while the training loss falls, or is left behind by it."""
-    found = []
-    for name, curves in trainings.items():
-        train, val = curves["Loss/train"], curves["Loss/val"]
-        least, begin, end = min(val, key=lambda epoch: val[epoch]), min(val), max(val)
-        gap, gap_before = val[end] - train[end], val[begin] - train[begin]
-        ends = f"training loss ends at {short(train[end])} and its validation loss at "
-        ends += f"{short(val[end])}, a gap of {short(gap)}"
-        said = {
-            "diverged": f"{name} has **diverged**: its losses are not finite.",
-            "over-fits": f"{name} **over-fits** after epoch {least}: its validation loss rises "
-            f"from {short(val[least])} to {short(val[end])} while its training loss falls from "
-            f"{short(train[least])} to {short(train[end])}.",
-            "begins to over-fit": f"{name} **begins to over-fit**: its {ends} that was "
-            f"{short(gap_before)} after the first epoch."
-            + " Its validation loss is still at its least."
-            * (least == end),
-            "unclear": f"{name}: its {ends} that has not grown since the first epoch, which is no "
-            "sign of over-fitting.",
-        }
-        if begin == end:
-            said["unclear"] = f"{name}: its {ends} after one epoch. Whether it grows is not known."
-        found.append(said.get(fit(curves), ""))
-    return [*filter(None, found)] or [
+    """A line for each training whose losses show something."""
+    verdicts = {name: fit(curves) for name, curves in trainings.items()}
+    return [
+        f"{name}: **{word}**; {why}." if word else f"{name}: {why}."
+        for name, (word, why) in verdicts.items()
+        if why
+    ] or [
         f"No sign of over-fitting: no validation loss rises by over {100 * RISE:.0f} % from its "
-        f"least while the training loss falls, and none ends over {100 * GAP:.0f} % above it."
+        f"least while the training loss falls, or ends over {100 * GAP:.0f} % above the training "
+        "loss."
     ]
 
 
 def fitting(trainings: Mapping[str, Curves]) -> str:
     """The conclusion on over-fitting."""
-    verdicts = {name: fit(curves) for name, curves in trainings.items()}
-    shown = [f"{name} {said}" for name, said in verdicts.items() if "over" in said or "div" in said]
-    return f"{listed(shown)}." if shown else f"No sign of over-fitting in {listed([*trainings])}."
+    names: dict[str, list[str]] = {}
+    for name, curves in trainings.items():
+        names.setdefault(fit(curves)[0], []).append(name)
+    shown = [f"{word} in {listed(of)}" for word, of in names.items() if word]
+    said = "; ".join(shown) or f"no sign of over-fitting in {listed([*trainings])}"
+    return f"{said[:1].upper()}{said[1:]}."
 
 
 def sizes(parameters: Sequence[int]) -> str:
     """Whether models compete at the same size."""
+    if len(parameters) == 1:
+        return ""
     apart = max(parameters) / min(parameters) - 1
-    if apart <= MATCHED:
-        return f"Their parameters are matched: they differ by {100 * apart:.1f} % at most."
-    return (
-        f"Their parameters differ by up to {100 * apart:.0f} %, so a part of their order may be "
-        "their size."
-    )
+    said = f"The numbers of parameters differ by {100 * apart:.1f} % at most"
+    return f"{said}." if apart <= MATCHED else f"{said}: a part of the models' order may be size."
 
 
 def ranking(perplexities: Mapping[str, Sequence[float]]) -> str:
     """The order of language models by their test perplexities, one of each seed."""
     order = sorted(perplexities, key=lambda name: statistics.fmean(perplexities[name]))
-    said = f"Test perplexity: {listed([f'{n} {spread(perplexities[n], 1)}' for n in order])}"
+    said = f"Test perplexity: {listed([f'{n} {spread(perplexities[n])}' for n in order])}"
     if len(order) == 1:
         return f"{said}."
     unclear = []
     for better, worse in itertools.pairwise(order):
-        interval = seeds_interval(perplexities[better], perplexities[worse])
-        if interval is None:
-            return f"{said}, of one seed: what another seed would change is not known."
-        if interval[1] >= 0:
+        gap = seeds_gap(perplexities[better], perplexities[worse])
+        if gap is None:
+            return f"{said}, of one seed: another may change the order."
+        if gap.high >= 0:
             unclear.append(f"{better} and {worse}")
     if unclear:
-        return f"{said}. The order of {listed(unclear)} may be chance, by the spread of the seeds."
-    return f"{said}. Each is further from the next than seeds make (95 %, by their spread)."
+        return f"{said}. By the spread of the seeds the order of {listed(unclear)} may be chance."
+    return f"{said}. By the spread of the seeds no step of this order is chance (95 %)."
 
 
 def improving(curves: Mapping[str, Curve]) -> str:
     """Whether validation has stopped getting better: perplexities by epoch."""
-    gains = {}
+    still = []
     for name, curve in curves.items():
         before = [value for epoch, value in curve.items() if epoch < max(curve)]
         if not before:
             return "After one epoch it is not known where validation stops getting better."
-        gains[name] = 1 - last(curve) / min(before)
-    still = [f"{name} ({100 * g:.1f} %)" for name, g in gains.items() if g > LEVEL]
+        if (gain := 1 - last(curve) / min(before)) > LEVEL:
+            still.append(f"{name} ({100 * gain:.1f} %)")
     if still:
         return (
-            f"The last epoch still lowers the validation perplexity of {listed(still)}: with more "
-            "epochs the order may change."
+            f"The last epoch still lowers the validation perplexity of {listed(still)}: more "
+            "epochs may change the order."
         )
-    return (
-        f"Validation has stopped getting better: the last epoch lowers no perplexity by over "
-        f"{100 * LEVEL:.0f} %."
-    )
-
-
-def reach(kind: str, layers: int, window: int, kernel: int) -> list[str]:
-    """What a kind of model can do with the past: how far, in how many steps, by what weights.
-
-    Args:
-        window: words of a segment.
-        kernel: words that a layer of a CNN sees.
-    """
-    if kind == "Transformer":
-        return [f"the {window} words of its window", "one", "from the words themselves"]
-    if kind == "CNN":
-        return [f"{1 + layers * (kernel - 1)} words", f"at most {layers}", "fixed, with a gate"]
-    return ["no limit", "one for each word between", "fixed, with gates"]
+    return f"The last epoch lowers no validation perplexity by over {100 * LEVEL:.0f} %."
 
 
 ALLOWED = {
     "Transformer": "a Transformer has every word of its window one step from the prediction, and "
     "computes from the words themselves how much each counts",
-    "LSTM": "an LSTM has no limit, but carries all that it knows through one state, which every "
-    "later word may overwrite",
-    "CNN": "a CNN has its nearest words a few steps away, by weights that belong to places and not "
-    "to words, and nothing of what lies before them",
+    "LSTM": "an LSTM has no limit, but carries all that it knows in one state, which every later "
+    "word changes",
+    "CNN": "a CNN has its nearest words a few steps from the prediction, with weights that depend "
+    "on the place and not on the word, and sees nothing further back",
 }
-
-
-def context(found: Mapping[str, Mapping[str, float]]) -> str:
-    """How models differ in what they make of the past, by lm_context.py's figures."""
-
-    def used(name: str) -> str:
-        words, low, high = (
-            int(found[name][f"effective context{end}"]) for end in ("", " low", " high")
-        )
-        return f"the {name} {words} (95 % interval {low} to {high})"
-
-    longest = max(found.values(), key=lambda of: of["effective context"])
-    low = longest["effective context low"]
-    far = [name for name, of in found.items() if of["effective context high"] >= low]
-    best = min(found, key=lambda name: found[name]["loss"])
-    said = f"Words that they make use of: {listed([used(name) for name in found])}. "
-    lowest = f"The {best} has the lowest loss ({found[best]['loss']:.2f})"
-    names = listed([f"the {name}" for name in far])
-    if len(found) == 1:
-        return said + f"Its loss is {found[best]['loss']:.2f}."
-    if len(far) == len(found):
-        return said + f"None uses more by more than chance. {lowest}."
-    if best in far:
-        return said + f"{lowest}, and the longest context is that of {names}."
-    return said + (
-        f"{lowest}, although the longest context is that of {names}: what a model makes of the "
-        "nearest words counts for more than how far it sees."
-    )
 
 
 def allowed(kinds: Sequence[str]) -> str:
     """What the architectures differ in, in a sentence."""
-    said = "; ".join(ALLOWED[kind] for kind in kinds if kind in ALLOWED)
+    said = "; ".join(ALLOWED[kind] for kind in kinds)
     return f"{said[:1].upper()}{said[1:]}."
+
+
+def context(found: Mapping[str, Mapping[str, float]]) -> str:
+    """How models differ in what they make of the past, by lm_context.py's figures."""
+    used = [
+        f"the {name} {of['effective context']:.0f} (95 % interval "
+        f"{of['effective context low']:.0f} to {of['effective context high']:.0f})"
+        for name, of in found.items()
+    ]
+    said = f"Words needed to come within 1 % of a model's lowest loss: {listed(used)}."
+    if len(found) == 1:
+        return said
+    best = min(found, key=lambda name: found[name]["loss"])
+    said += f" The {best} has the lowest loss ({found[best]['loss']:.2f})"
+    longest = max(found.values(), key=lambda of: of["effective context"])
+    low = longest["effective context low"]
+    far = [name for name, of in found.items() if of["effective context high"] >= low]
+    names = listed([f"the {name}" for name in far])
+    if len(far) == len(found):
+        return f"{said}; none clearly needs more words than the others."
+    if best in far:
+        return f"{said}, and the longest context is that of {names}."
+    return (
+        f"{said}, although the longest context is that of {names}: a longer context alone does "
+        "not give a lower loss."
+    )

@@ -80,10 +80,10 @@ class Steps:
         """Run the commands that are not done; returns the names of all that succeeded.
 
         Args:
-            epochs: of each, if they are trainings. Early in the first it is said how long all
-                will take.
+            epochs: of each, if they are trainings. After two of them it is said how long this and
+                the remaining trainings will take.
         """
-        steps, told = self.state["steps"], False
+        steps = self.state["steps"]
         for number, (name, command) in enumerate(commands.items()):
             shown, step = shlex.join(command), steps.setdefault(name, {"seconds": 0.0})
             print(f"=> {shown}")
@@ -91,14 +91,13 @@ class Steps:
                 print("   done before")
                 continue
             started = time.time()
-            forecast = Forecast(len(commands) - number, 0 if told else epochs)
+            forecast = Forecast(len(commands) - number, epochs)
             step |= {"command": shown, "code": -1}
             try:
                 step["code"] = execute(command, self.log(name), forecast)
             finally:  # a training that is stopped goes on later, and its time counts
                 step["seconds"] += time.time() - started
                 self.keep()
-            told = told or forecast.is_told
             failure = self.failure(name)
             print(f"   {failure or format(step['seconds'], '.0f') + ' s'}")
             if failure:
@@ -123,9 +122,9 @@ class Steps:
 
 
 class Forecast:
-    """Says once how long trainings take, after the second epoch of the first of them.
+    """Says once, after a training's second epoch, how long it and those after it take.
 
-    Called with what that training has said since its start, several times a second.
+    It is called with what the training has printed since its start, several times a second.
     """
 
     def __init__(self, trainings: int, epochs: int) -> None:

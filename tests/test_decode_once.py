@@ -1,13 +1,19 @@
 """--decode-once: the same regions of larger images, from copies that are decoded once."""
 
 import errno
+import math
 import os
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from kit import Running, error_line, image, make_dataset, read, run
@@ -228,6 +234,107 @@ def test_a_full_disk(
     assert "; 20 are there)" in capsys.readouterr().out
 
 
+def test_a_disk_that_fails_once_does_not_vouch_for_what_it_lost(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Linux reports a failed write at one `fsync` only, and drops the pages."""
+    failures = [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def fsync(_: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(UserError, match="Input/output error"):
+            load(interrupted, 32, SIDE)
+    capsys.readouterr()
+    load(interrupted, 32, SIDE)
+    assert "; 20 are there)" in capsys.readouterr().out
+
+
+def test_an_image_that_a_disk_does_not_give_is_named(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no bad file, and the disk with the decoded file is not the one that failed."""
+    last = str(max(interrupted.glob("val/*/*")))
+    whole = cache.decode
+
+    def failing(path: str) -> torch.Tensor:
+        if path == last:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(path)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=f"{last}: .*output"):
+        patch.setattr(cache, "decode", failing)
+        load(interrupted, 32, SIDE)
+    load(interrupted, 32, SIDE)
+
+
+def test_killed_before_the_file_got_its_name(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Path, "replace", interrupt)
+        load(interrupted, 32, SIDE)
+    whole = next(interrupted.glob(".decoded*.unfinished")).read_bytes()
+    capsys.readouterr()
+    load(interrupted, 32, SIDE)
+    assert "; 34 are there)" in capsys.readouterr().out
+    assert next(interrupted.glob(".decoded*.uint8")).read_bytes() == whole
+
+
+def interrupt(*_: object) -> None:
+    raise Interrupted
+
+
+def test_of_two_decodings_without_locks_one_file_stays(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network disks have no locks. The faster one ends while the slower one decodes."""
+    write = cache._write
+
+    def slower(*args: Any) -> None:
+        monkeypatch.setattr(cache, "_write", write)
+        load(interrupted, 32, SIDE)
+        write(*args)
+
+    monkeypatch.setattr(cache, "lock", lambda *_, **__: None)
+    monkeypatch.setattr(cache, "_write", slower)
+    load(interrupted, 32, SIDE)
+    assert [path.suffix for path in interrupted.glob(".decoded*")] == [".uint8"]
+
+
+def test_who_has_waited_for_a_decoding_is_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lock holds, although the first attempt at it opened the file as well."""
+    path = str(tmp_path / "lock")
+    attempt = "import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, 6)"
+    first = [sys.executable, "-c", f"{attempt}; print(flush=True); input()", path]
+    with subprocess.Popen(first, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline()
+        threading.Timer(0.3, holder.kill).start()
+        with cache._alone(Path(path)):
+            other = subprocess.run([sys.executable, "-c", attempt, path], capture_output=True)
+    assert "waiting for it" in capsys.readouterr().out
+    assert b"BlockingIOError" in other.stderr
+
+
+def test_copies_may_be_larger_than_the_memory(tmp_path: Path) -> None:
+    """ImageNet's are 262 GB. (The file here is a hole.)"""
+    memory = psutil.virtual_memory().total + psutil.swap_memory().total
+    side = math.isqrt(memory // 3) + 1
+    name = f".decoded-{side}px-{cache._fingerprint(tmp_path, ['1.png'], side)}.uint8"
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(3 * side**2)
+        file.seek(0, os.SEEK_END)
+        file.write(np.array([5, 7], np.int32).tobytes())
+    images, sizes = cache.decoded_images(tmp_path, ["1.png"], side, 0, scaled=True)
+    assert images.shape == (1, 3, side, side) and sizes.tolist() == [[5, 7]]
+    assert images[0, :, -1, -1].tolist() == [0, 0, 0]
+
+
 def test_a_run_keeps_it_and_others_wait_for_its_decoding(tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "set", "plain", train=4, side=160)
     common = ("--image-size", 32, "--stem", "stock", "-b", 6, "-j", 0)
@@ -261,6 +368,7 @@ def test_a_run_keeps_it_and_others_wait_for_its_decoding(tmp_path: Path) -> None
         cwd=tmp_path,
     )
     assert compared.code == 0 and figures[-1].split()[2] in compared.out.split()
+    assert "=> evaluated on the images' copies of --decode-once 64" in compared.out
     assert len(list(root.glob(".decoded*"))) == 1
 
     changed = run(

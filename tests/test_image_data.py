@@ -451,6 +451,21 @@ def test_annotations_may_have_a_mark_and_names_that_are_no_utf8(tmp_path: Path) 
     assert val.targets[[Path(path).name for path in val.paths].index(odd)] == 4 % 3
 
 
+def test_names_of_large_images_may_be_no_utf8(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / os.fsdecode(b"d\xe4ta"), "plain", side=160)
+    odd = os.fsdecode(b"\xca\xfd.JPEG")
+    next(root.glob("val/n00000001/*")).rename(root / "val" / "n00000001" / odd)
+    expected = find_images(root).val
+    for workers in (0, 2):
+        val = load(root).val
+        assert isinstance(val, image_data.ImageFiles) and val.paths == expected.paths
+        batch = next(iter(loader(val, train=False, workers=workers).epoch(0)))
+        assert batch.targets.tolist() == expected.targets
+    Path(val.paths[expected.targets.index(1)]).unlink()
+    with pytest.raises(BadImageError, match="n00000001"):
+        list(loader(val, train=False).epoch(0))
+
+
 SIXTEEN = [0, 255, 256, 257, 32896, 65535]
 
 

@@ -238,10 +238,8 @@ def test_one_part_is_run_alone_and_kept_for_the_whole(tmp_path: Path) -> None:
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "state.json").write_text("[]")
-    for flags, message in (
-        (("--output-dir", "out"), "out/state.json is damaged or another program's"),
-    ):
-        assert message in error_line(run("reproduce.py", *flags, cwd=tmp_path))
+    result = run("reproduce.py", "--output-dir", "out", cwd=tmp_path)
+    assert "out/state.json is damaged or another program's" in error_line(result)
 
 
 @pytest.mark.parametrize(
