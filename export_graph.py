@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     written, message = path, f"=> {path}"
     try:
         content = graph.source.encode() if file_format == "gv" else graph.pipe(file_format)
-    except graphviz.ExecutableNotFound:
+    except (graphviz.ExecutableNotFound, PermissionError):  # the latter of a folder in PATH
         written, content = path.with_suffix(".gv"), graph.source.encode()
         draw = shlex.join(["dot", f"-T{file_format}", str(written), "-o", str(path)])
         message = f"=> {written}, to be drawn by Graphviz (apt, brew or conda install it): {draw}"

@@ -156,10 +156,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         outputs = [("--output-dir", args.output_dir / name) for name in (CSV, PICTURE)]
         inputs = [("CHECKPOINT", path) for path in args.checkpoints]
         check_outputs(outputs, inputs=[*inputs, *corpus_files(args.data)])
+    checkpoints = [load(path) for path in args.checkpoints]
     with accelerator.local_main_process_first():  # a node's first process downloads
         corpus = load_corpus(args.data)
     places = choose_places(len(corpus.test), args)
-    checkpoints = [load(path) for path in args.checkpoints]
     for checkpoint in checkpoints:  # all, before minutes are spent on the first
         refuse_other_words(checkpoint, corpus.vocabulary)
     models = [restore_model(checkpoint)[0] for checkpoint in checkpoints]

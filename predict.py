@@ -17,6 +17,7 @@ from engine.stop import check_flags, run_script  # before slow imports: see engi
 import argparse
 import csv
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +55,7 @@ from image_classification.augment import normalise, resize
 from image_classification.cache import BadImageError, describe, small_side, whole_image
 from image_classification.checkpoint import count_classes, load, restore_model
 from image_classification.data import ORIGINAL_SIZE, ImageFiles
-from image_classification.folders import Split, walk_images
+from image_classification.folders import Split, described, walk_images
 from image_classification.settings import DEFAULT
 
 BATCH = 64  # images at a time
@@ -95,9 +96,13 @@ def find_paths(asked: Sequence[Path]) -> list[str]:
     found = []
     for path in asked:
         if path.is_dir():
-            inside = walk_images(path)
+            left_out: Counter[str] = Counter()
+            inside = walk_images(path, left_out)
+            others = described(left_out) if left_out else ""
             if not inside:
-                raise UserError(f"{path}: holds no images")
+                raise UserError(f"{path}: holds no images{'; ' if others else ''}{others}")
+            if others:
+                print(f"=> {path}: {others}", file=sys.stderr)
             found += inside
         elif path.exists():
             found.append(str(path))

@@ -167,7 +167,9 @@ def refuse_other_classes(checkpoint: Checkpoint, classes: list[str]) -> None:
     own = checkpoint.value("classes", list)
     count = len(own) if own else count_classes(checkpoint)
     if count != len(classes):
-        raise checkpoint.error(f"has {count} classes and the dataset {len(classes)}")
+        raise checkpoint.error(
+            f"has {count} classes and the dataset {len(classes)}: name the data of its training"
+        )
     if own and own != classes:
         first, instead = next(pair for pair in zip(own, classes, strict=True) if len({*pair}) > 1)
         raise checkpoint.error(f"knows class {first} where the dataset has {instead}")

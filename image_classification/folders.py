@@ -116,14 +116,7 @@ def _find_images(root: Path) -> ImageFolders:
 
 
 def _notes(root: Path, classes: list[str], left_out: Counter[str]) -> list[str]:
-    notes = []
-    if left_out:
-        most = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common(5))
-        notes.append(
-            f"=> {root}: {left_out.total()} file(s) left out: {most}"
-            + (", …" if len(left_out) > 5 else "")
-            + f" (images end in {', '.join(IMG_EXTENSIONS)})"
-        )
+    notes = [f"=> {root}: {described(left_out)}"] if left_out else []
     prefix = classes[0].rstrip("0123456789")
     numbers = [name.removeprefix(prefix) for name in classes]
     if all(map(str.isdecimal, numbers)) and numbers != (ordered := sorted(numbers, key=int)):
@@ -134,6 +127,14 @@ def _notes(root: Path, classes: list[str], left_out: Counter[str]) -> list[str]:
             f"is `{classes[first]}`"
         )
     return notes
+
+
+def described(left_out: Counter[str]) -> str:
+    """How many files are no images by their endings, and which endings these are."""
+    most = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common(5))
+    more = ", …" if len(left_out) > 5 else ""
+    endings = ", ".join(IMG_EXTENSIONS)
+    return f"{left_out.total()} file(s) left out: {most}{more} (images end in {endings})"
 
 
 def _visible(name: str) -> str:
@@ -174,12 +175,17 @@ def readable_names(root: Path, classes: list[str]) -> list[str]:
     return [known.get(name) or name for name in classes]
 
 
-def walk_images(folder: Path) -> list[str]:
-    """The images of a folder and of those within it, in a fixed order, without hidden ones."""
+def walk_images(folder: Path, left_out: Counter[str]) -> list[str]:
+    """The images of a folder and of those within it, in a fixed order, without hidden ones.
+
+    Counts the endings of all other files in `left_out`.
+    """
     found = []
     for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         folders[:] = sorted(_shown(folders))
-        found += [f"{place}{os.sep}{file}" for file in sorted(_shown(files)) if is_image_file(file)]
+        shown = sorted(_shown(files))
+        found += [f"{place}{os.sep}{file}" for file in shown if is_image_file(file)]
+        left_out.update(map(_ending, itertools.filterfalse(is_image_file, shown)))
     return found
 
 

@@ -114,8 +114,10 @@ def test_bad_images_are_named_after_the_others(folder: Path) -> None:
     (mixed / "notes.txt").write_text("not asked for")
     flags = ("small_run/model_best.pth", "mixed", "--csv", "mixed.csv")
     result = run("predict.py", *flags, cwd=folder)
-    line = error_line(result)
+    note, line = result.err.splitlines()
+    assert note.startswith("=> mixed: 1 file(s) left out: 1 .txt (images end in .jpg")
     assert "2 of 3 images cannot be read: mixed/empty.png (empty), mixed/text.jpg (not an" in line
+    assert result.code == 2
     assert result.out.splitlines()[0].startswith("mixed/deeper/good.png: ")
     with (folder / "mixed.csv").open() as file:
         assert {row["file"] for row in csv.DictReader(file)} == {"mixed/deeper/good.png"}
@@ -125,7 +127,10 @@ def test_bad_images_are_named_after_the_others(folder: Path) -> None:
     ("flags", "message"),
     [
         (["small_run/model_best.pth", "gone.jpg"], "gone.jpg: no such file or folder"),
-        (["small_run/model_best.pth", "hollow"], "hollow: holds no images"),
+        (
+            ["small_run/model_best.pth", "hollow"],
+            "hollow: holds no images; 1 file(s) left out: 1 .heic",
+        ),
         (["small_run/model_best.pth", "wide.png", "--csv", "wide.png"], "the file of IMAGE too"),
         (["small_run/model_best.pth", "wide.png", "--top", "0"], "must be at least 1"),
         (["gone.pth", "wide.png"], "gone.pth"),
@@ -135,6 +140,7 @@ def test_bad_images_are_named_after_the_others(folder: Path) -> None:
 )
 def test_mistakes_end_in_one_line(folder: Path, flags: list[str], message: str) -> None:
     (folder / "hollow").mkdir(exist_ok=True)
+    (folder / "hollow" / "phone.heic").touch()
     content = read(folder / "small_run" / "model_best.pth")
     torch.save({**content, "names": ["one"]}, folder / "other.pth")
     content["state_dict"]["fc.weight"][0, 0] = float("nan")

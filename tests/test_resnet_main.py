@@ -1,6 +1,7 @@
 """The main job, as its user runs it."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,7 @@ def test_four_processes_evaluate_what_was_trained_with_sync_bn(tmp_path: Path) -
     assert SUMMARY.findall(four.out) == SUMMARY.findall(trained.out)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler: apt install g++")
 def test_each_shape_is_compiled_once_and_in_the_first_epoch(tmp_path: Path) -> None:
     """Full and last batch of training and of validation; by a compiler that only counts."""
     make_dataset(tmp_path / "set", train=9)  # 27 and 10 images, in batches of 8

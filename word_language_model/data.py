@@ -101,7 +101,7 @@ def _find_part(root: Path, part: str) -> Path:
 
 
 def write_sample(root: Path) -> None:
-    """Write Python's own language reference as a corpus of 114,000 words, 123,000 with <eos>.
+    """Write Python's own language reference as a corpus of 120,000 to 140,000 words with <eos>.
 
     Raises:
         UserError: when the folder cannot be written.
