@@ -319,7 +319,10 @@ def report(
     found.sort(key=lambda entry: (-entry[0], entry[1]))
     n = len(verdicts)
     agree = sum(len(set(v.predictions)) == 1 for v in verdicts)
-    comparison = compare(args.checkpoints, right, n - agree) if len(models) == 2 else None
+    comparison = None
+    if len(models) == 2:
+        comparison = compare(args.checkpoints, right, n - agree)
+        comparison["decode_once"] = data.decode_once  # 0: measured on the images themselves
     write([(v, name) for _, name, v in found], comparison, data, names, args)
 
     acc1 = [100 * sum(hits) / n for hits in right]

@@ -29,7 +29,7 @@ from itertools import combinations, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.cli import ArgumentParser, UserError, nonempty, pathname, positive_int
+from engine.cli import ArgumentParser, UserError, listed, nonempty, pathname, positive_int
 from word_language_model.settings import WIKITEXT
 
 CSV, PICTURE = "context.csv", "context.png"
@@ -368,11 +368,6 @@ def findings(contexts: list[Context]) -> Iterator[str]:
         "first segment does; a Transformer and a CNN read the visible words as a segment's first, "
         "as in training."
     )
-
-
-def listed(parts: list[str]) -> str:
-    *most, last = parts
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def draw(contexts: list[Context]) -> Figure:

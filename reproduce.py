@@ -245,9 +245,6 @@ def add_gaps(page: Page, runs: Mapping[str, list[Curves]], answers: Answers | No
             gaps[sentences.is_beyond(gap, control)][title] = gap.value
             said.append(sentences.accuracy_gap(title, reference, gap, basis, control))
     beyond, within = gaps[True], gaps[False]
-    processes, parts = (WAYS[way].title for way in ("cpu4", "parts4"))
-    if processes in beyond and parts in beyond | within:
-        said.append(sentences.cause(beyond[processes], (beyond | within)[parts]))
     if two_seeds:
         said.append(sentences.two_seeds(two_seeds))
     page.add(bullets(said))

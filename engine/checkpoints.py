@@ -316,6 +316,8 @@ OTHER_FILES = {
     b"\x1f\x8b": "is an archive: unpack it (tar -xf, or gunzip), and name the file in it",
     b"version https://git-lfs": "is the pointer to a file in git LFS: `git lfs pull` fetches it",
     b"<": "is a web page: the download has gone wrong",
+    b"\xff\xd8\xff": "is an image, where a checkpoint is wanted",
+    b"\x89PNG": "is an image, where a checkpoint is wanted",
 }
 
 

@@ -270,3 +270,9 @@ def product() -> Iterator[None]:
         raise UserError(f"cannot write to standard output: {error.strerror}") from error
     finally:
         stream.is_product = False
+
+
+def listed(parts: Sequence[str]) -> str:
+    """The parts as a sentence lists them: a, b and c."""
+    *most, last = parts
+    return f"{', '.join(most)} and {last}" if most else last

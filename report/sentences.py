@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from engine.cli import listed
 from engine.curves import Curve
 from engine.intervals import wilson
 from report.figures import Curves, Gap, last, seeds_gap
@@ -16,11 +17,6 @@ GAP = 0.05  # ... or this share above the training loss
 LEVEL = 0.01  # an epoch that lowers the perplexity by a smaller share no longer helps
 MATCHED = 0.05  # models whose parameters differ by less count as of one size
 COINCIDE = 0.25  # curves coincide within this share of the distance of two seeds
-
-
-def listed(parts: Sequence[str]) -> str:
-    *most, end = parts
-    return f"{', '.join(most)} and {end}" if most else end
 
 
 def spread(values: Sequence[float]) -> str:
@@ -109,21 +105,6 @@ def two_seeds(gap: Gap) -> str:
         f"The control, the same training with another seed: {interval(gap, 'images')}. One control "
         "is weak evidence: --seeds 1 2 3 repeats every training. Gaps between single trainings are "
         "counted image by image, with answers computed in float32."
-    )
-
-
-def cause(processes: float, parts: float) -> str:
-    """Why four processes differ in Acc@1: both gaps are against one process."""
-    gaps = f"{points(parts)} points, and four processes by {points(processes)}"
-    if abs(processes - parts) <= abs(processes) / 2:
-        return (
-            f"One process that computes each batch in four parts differs by {gaps}. So the cause "
-            "is not the number of processes but the quarters of a batch that both compute: batch "
-            "normalisation sees a quarter at a time."
-        )
-    return (
-        f"One process that computes each batch in four parts differs by {gaps}. The two should "
-        "agree, since they compute the same to rounding: neither gap is to be trusted yet."
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from kit import image
 
 from engine import checkpoints
 from engine.checkpoints import Checkpoint
@@ -83,6 +84,7 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:")
     (tmp_path / "page.pth").write_text("<!doctype html><title>404</title>")
     (tmp_path / "model.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64))
+    image("photo", 8).save(tmp_path / "photo.jpg")
     for name, message in {
         "script.pt": "is a TorchScript program. This turns it into weights: ",
         "photos.zip": "is a zip archive: unpack it",
@@ -90,6 +92,7 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path: Path) -> None:
         "pointer.pth": "is the pointer to a file in git LFS",
         "page.pth": "is a web page",
         "model.h5": "is an HDF5 file",
+        "photo.jpg": "is an image",
     }.items():
         with pytest.raises(UserError, match=f"{name}: {message}"):
             checkpoints.load(tmp_path / name)

@@ -1,6 +1,7 @@
 """--decode-once: the same regions of larger images, from copies that are decoded once."""
 
 import errno
+import json
 import math
 import os
 import shutil
@@ -363,12 +364,14 @@ def test_a_run_keeps_it_and_others_wait_for_its_decoding(tmp_path: Path) -> None
     assert "=> evaluated on the images themselves; as in training with --decode-once 64" in itself
     assert "decoded by workers" in itself
     compared = run(
-        *("diff_eval.py", output, "--misclassified", "--data", root, "--classes", "all", "-j", 0),
+        *("diff_eval.py", output, output, "--data", root, "--classes", "all", "-j", 0),
         *once,
         cwd=tmp_path,
     )
     assert compared.code == 0 and figures[-1].split()[2] in compared.out.split()
     assert "=> evaluated on the images' copies of --decode-once 64" in compared.out
+    comparison = json.loads((tmp_path / "diff" / "comparison.json").read_text())
+    assert comparison["decode_once"] == SIDE
     assert len(list(root.glob(".decoded*"))) == 1
 
     changed = run(

@@ -109,6 +109,7 @@ def test_the_images_the_table_and_the_csv_are_those_known(folder: Path) -> None:
         "a": "a.pth",
         "b": "b.pth",
         "count": 10,
+        "decode_once": 0,
         "acc1": {"a": 50.0, "b": 50.0},
         **{"only_a": 1, "only_b": 1, "both": 4, "neither": 4},
         "disagree": 2,
