@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.files import writing
@@ -32,33 +34,50 @@ def draw_curves(
     figure = Figure(figsize=(5 * len(metrics), 4), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
-        drawn: list[tuple[int, float]] = []
-        for number, (name, runs) in enumerate(trainings.items()):
-            for split, style in (("train", "--"), ("val", "-")):
-                curves = [run.get(f"{metric}/{split}", {}) for run in runs]
-                epochs = [epoch for epoch in curves[0] if all(epoch in c for c in curves)]
-                values = [[curve[epoch] for curve in curves] for epoch in epochs]
-                means = [*map(statistics.fmean, values)]
-                drawn += zip(epochs, means, strict=True)
-                marks = {"c": f"C{number}", "ls": style, "marker": ".", "alpha": 0.8}
-                axes.plot(epochs, means, label=name if split == "val" else None, **marks)
-                if len(runs) > 1 and split == "val":
-                    band = ([*map(min, values)], [*map(max, values)])
-                    axes.fill_between(epochs, *band, color=f"C{number}", alpha=0.2, lw=0)
-        if limits := usual_limits(value for _, value in drawn):
-            axes.set_ylim(*limits)
-            beyond = sorted(point for point in drawn if point[1] > limits[1])
-            for epoch, value in dict(beyond).items():  # of several the greatest
-                axes.annotate(
-                    f"{value:.3g} ↑", (epoch, limits[1]), ha="center", va="top", size="x-small"
-                )
-        axes.set(title=f"{metric} (dashed: in training)", xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
+        draw_panel(axes, trainings, metric)
     panels[0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
+
+
+def draw_panel(
+    axes: Axes, trainings: Mapping[str, Sequence[Mapping[str, Curve]]], metric: str
+) -> None:
+    """One metric of all trainings; see `draw_curves`."""
+    drawn: list[tuple[int, float]] = []
+    for number, (name, runs) in enumerate(trainings.items()):
+        for split, style in (("train", "--"), ("val", "-")):
+            curves = [run.get(f"{metric}/{split}", {}) for run in runs]
+            epochs = [epoch for epoch in curves[0] if all(epoch in c for c in curves)]
+            values = [[curve[epoch] for curve in curves] for epoch in epochs]
+            means = [*map(statistics.fmean, values)]
+            shown = [means]
+            label = name if split == "val" else None
+            axes.plot(epochs, means, style, c=f"C{number}", marker=".", alpha=0.8, label=label)
+            if len(runs) > 1 and split == "val":
+                band = [*map(min, values)], [*map(max, values)]
+                shown += band
+                axes.fill_between(epochs, *band, color=f"C{number}", alpha=0.2, lw=0)
+            drawn += [point for line in shown for point in zip(epochs, line, strict=True)]
+    if limits := usual_limits(value for _, value in drawn):
+        axes.set_ylim(*limits)
+        first = min(epoch for epoch, _ in drawn)
+        beyond = sorted(point for point in drawn if point[1] > limits[1])
+        for epoch, value in dict(beyond).items():  # of several the greatest
+            side = "left" if epoch == first else "right"  # of the text, which stays inside
+            axes.annotate(
+                f"{value:.3g} ↑",
+                (epoch, limits[1]),
+                xytext=(3, -3),
+                textcoords="offset points",
+                ha=side,
+                va="top",
+                size="small",
+            )
+    axes.set(title=f"{metric} (dashed: in training)", xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.grid(alpha=0.3)
 
 
 def usual_limits(values: Iterable[float]) -> tuple[float, float] | None:

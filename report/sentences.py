@@ -116,22 +116,22 @@ def is_near(distance: float, seeds: float) -> bool:
 def coincidence(one: str, other: str, distances: Sequence[float], seeds: float) -> str:
     """Whether two validation curves are the same.
 
+    It is asked of curves that are near each other, and of four processes and four parts.
+
     Args:
         distances: between their losses after each epoch.
         seeds: the largest distance between the curves of two seeds.
     """
-    first, most = distances[0], max(distances)
+    most = max(distances)
     said, scale = f"The curves of {one} and {other}", f"; those of two seeds {short(seeds)}."
     if most == 0:
         return f"{said} are the same to the last digit."
     if is_near(most, seeds):
         return f"{said} coincide: their validation losses are at most {most:.2g} apart{scale}"
-    if is_near(first, seeds):
-        return (
-            f"{said} begin together ({first:.2g} apart after the first epoch). Rounding differs, "
-            f"and each step makes that larger: they are up to {short(most)} apart later{scale}"
-        )
-    return f"{said} are up to {short(most)} apart{scale}"
+    return (
+        f"{said} are {distances[0]:.2g} apart after the first epoch, at most {short(most)}{scale} "
+        "Both compute the same steps but for rounding, which every step enlarges."
+    )
 
 
 def is_more(share: float, seeds: float, count: int) -> bool:

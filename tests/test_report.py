@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from kit import KIT, make_dataset
+from matplotlib.figure import Figure
 from PIL import Image
 
 import lm_main
 import reproduce
 import resnet_main
-from engine.curves import Curve, draw_curves, usual_limits
+from engine.curves import Curve, draw_curves, draw_panel, usual_limits
 from engine.intervals import paired_difference
 from image_classification.folders import find_images, readable_names
 from report import figures, plan, sentences
@@ -82,9 +83,8 @@ def test_the_conclusion_on_accuracy_names_what_is_beyond_chance() -> None:
     [
         ([0.0, 0.0], "the same to the last digit"),
         ([0.0001, 0.0012], "coincide: their validation losses are at most 0.0012 apart; those of "),
-        ([0.0001, 0.08], "begin together (0.0001 apart after the first epoch)."),
-        ([0.05, 0.08], "are up to 0.080 apart; those of two seeds 0.100."),
-        ([0.05, 1.2e12], "are up to 1.2e+12 apart"),
+        ([0.05, 0.08], "after the first epoch, at most 0.080; those of two seeds 0.100. Both"),
+        ([0.05, 1.2e12], "are 0.05 apart after the first epoch, at most 1.2e+12; those of two"),
     ],
 )
 def test_curves_that_coincide_are_said_to(distances: list[float], verdict: str) -> None:
@@ -232,6 +232,13 @@ def test_a_panel_is_not_squeezed_by_one_value(tmp_path: Path) -> None:
     assert usual_limits([2.0, 1.8, 1.6, 1.5, 9.3]) == pytest.approx((1.475, 2.025))
     for usual in ([2.0, 1.8, 1.6, 1.5, 2.2], [1.0, 9.0], [2.0, 2.0, 2.0, 2.0, 9.0], []):
         assert usual_limits(usual) is None
+    # Of two seeds one is far off: neither its band nor the mean squeezes the rest.
+    train = [2.1, 1.9, 1.8, 1.7]
+    runs = [losses(train, [first, 1.6, 1.5, 1.5]) for first in (2.0, 30.0)]
+    axes = Figure().subplots()
+    draw_panel(axes, {"one": runs}, "Loss")
+    assert axes.get_ylim() == pytest.approx((1.47, 2.13))
+    assert [text.get_text() for text in axes.texts] == ["30 ↑"]
     runs = [losses([9.3, 1.9, 1.8, 1.7], [2.0 + s, 1.6, 1.5, 1.5]) for s in (0.0, 0.1)]
     draw_curves({"one": runs, "other": [{}]}, ["Loss"], tmp_path / "p" / "loss.png")
     assert Image.open(tmp_path / "p" / "loss.png").size == (450, 360)
