@@ -66,15 +66,9 @@ def draw_panel(
         beyond = sorted(point for point in drawn if point[1] > limits[1])
         for epoch, value in dict(beyond).items():  # of several the greatest
             side = "left" if epoch == first else "right"  # of the text, which stays inside
-            axes.annotate(
-                f"{value:.3g} ↑",
-                (epoch, limits[1]),
-                xytext=(3, -3),
-                textcoords="offset points",
-                ha=side,
-                va="top",
-                size="small",
-            )
+            edge = axes.get_xaxis_transform()  # y from 0 to 1, the panel's height
+            text = f" {value:.3g} ↑ "
+            axes.text(epoch, 0.98, text, transform=edge, ha=side, va="top", size="small")
     axes.set(title=f"{metric} (dashed: in training)", xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(alpha=0.3)

@@ -129,8 +129,8 @@ def coincidence(one: str, other: str, distances: Sequence[float], seeds: float) 
     if is_near(most, seeds):
         return f"{said} coincide: their validation losses are at most {most:.2g} apart{scale}"
     return (
-        f"{said} are {distances[0]:.2g} apart after the first epoch, at most {short(most)}{scale} "
-        "Both compute the same steps but for rounding, which every step enlarges."
+        f"{said} are {distances[0]:.2g} apart after the first epoch and {short(most)} at most"
+        f"{scale} Both compute the same steps but for rounding, which every step enlarges."
     )
 
 

@@ -83,8 +83,8 @@ def test_the_conclusion_on_accuracy_names_what_is_beyond_chance() -> None:
     [
         ([0.0, 0.0], "the same to the last digit"),
         ([0.0001, 0.0012], "coincide: their validation losses are at most 0.0012 apart; those of "),
-        ([0.05, 0.08], "after the first epoch, at most 0.080; those of two seeds 0.100. Both"),
-        ([0.05, 1.2e12], "are 0.05 apart after the first epoch, at most 1.2e+12; those of two"),
+        ([0.05, 0.08], "after the first epoch and 0.080 at most; those of two seeds 0.100. Both"),
+        ([0.05, 1.2e12], "are 0.05 apart after the first epoch and 1.2e+12 at most; those of two"),
     ],
 )
 def test_curves_that_coincide_are_said_to(distances: list[float], verdict: str) -> None:
@@ -238,7 +238,7 @@ def test_a_panel_is_not_squeezed_by_one_value(tmp_path: Path) -> None:
     axes = Figure().subplots()
     draw_panel(axes, {"one": runs}, "Loss")
     assert axes.get_ylim() == pytest.approx((1.47, 2.13))
-    assert [text.get_text() for text in axes.texts] == ["30 ↑"]
+    assert [text.get_text() for text in axes.texts] == [" 30 ↑ "]
     runs = [losses([9.3, 1.9, 1.8, 1.7], [2.0 + s, 1.6, 1.5, 1.5]) for s in (0.0, 0.1)]
     draw_curves({"one": runs, "other": [{}]}, ["Loss"], tmp_path / "p" / "loss.png")
     assert Image.open(tmp_path / "p" / "loss.png").size == (450, 360)
