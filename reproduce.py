@@ -81,7 +81,7 @@ from image_classification.sources import SAMPLE_CLASSES, resolve
 from lm_context import CSV as CONTEXT_CSV
 from lm_context import PICTURE as CONTEXT_PICTURE
 from report import figures, sentences
-from report.figures import Answers, Curves
+from report.figures import Answers, Curves, Gap
 from report.page import Page, fenced, figure, folded, quoted, table
 from report.plan import CONTROL, WAYS, Groups, check_flags, grouped, image_trainings, text_trainings
 from report.sentences import short, spread
@@ -90,6 +90,8 @@ from word_language_model.checkpoint import load, restore_model
 from word_language_model.data import corpus_files
 
 SHEET_LINES = 4  # of a contact sheet, that the page shows
+BANDS = " Bands reach from the least to the greatest seed."
+BEYOND = " A number with an arrow is a value beyond the upper edge."
 
 
 def identities(args: argparse.Namespace) -> dict[str, str]:
@@ -180,12 +182,12 @@ def add_curves(page: Page, groups: Groups) -> dict[str, list[Curves]]:
     for metric, file in files.items():
         draw_curves(runs, [metric], page.pictures / file)
     repeated = any(len(several) > 1 for several in runs.values())
-    band = " Bands reach from the least to the greatest seed." * repeated
     page.add(
         figure(
-            "Solid: validation images. Dashed: training images, harder by their crops and flips, "
-            f"and averaged over an epoch in which the model improves.{band} Where solid lines "
-            "cross again and again, their order at the end means little.",
+            "Solid: validation images. Dashed: training images, harder by their crops and flips "
+            "(and by label smoothing, CutMix and MixUp, if given), and averaged over an epoch in "
+            "which the model improves. Where solid lines cross again and again, their order at the "
+            f"end means little.{BANDS * repeated}{BEYOND}",
             {f"{metric} by epoch": file for metric, file in files.items()},
         )
     )
@@ -232,7 +234,7 @@ def add_gaps(page: Page, runs: Mapping[str, list[Curves]], answers: Answers | No
     two_seeds = answers.gap(CONTROL, reference) if answers else None
     control = abs(two_seeds.value) if two_seeds else None
     several = any(len(of) > 1 for of in runs.values())
-    gaps: dict[bool, dict[str, float]] = {True: {}, False: {}}  # beyond chance, within
+    gaps: dict[bool, dict[str, Gap]] = {True: {}, False: {}}  # beyond chance, within
     said: list[str] = []
     for title in (title for title in others if title != CONTROL):
         ours, theirs = (
@@ -242,7 +244,7 @@ def add_gaps(page: Page, runs: Mapping[str, list[Curves]], answers: Answers | No
         if gap is None and answers:
             gap, basis = answers.gap(title, reference), "images"
         if gap:
-            gaps[sentences.is_beyond(gap, control)][title] = gap.value
+            gaps[sentences.is_beyond(gap, control)][title] = gap
             said.append(sentences.accuracy_gap(title, reference, gap, basis, control))
     beyond, within = gaps[True], gaps[False]
     if two_seeds:
@@ -301,11 +303,13 @@ def add_sheets(page: Page, groups: Groups, data: str) -> None:
     a, b = (page.folder / named[title] / "checkpoint.pth" for title in (one, other))
     if one != other:
         caption = f"Images on which {one} (a) and {other} (b) disagree"
-        page.attempt(add_sheet, "disagreements", caption, data, a, b)
-    page.attempt(add_sheet, "misclassified", f"What {other} gets wrong", data, "--misclassified", b)
+        look = "Green answers are right. Look for images that are hard for you as well."
+        page.attempt(add_sheet, "disagreements", caption, look, data, a, b)
+    caption, look = f"What {other} gets wrong", "Look for what these images have in common."
+    page.attempt(add_sheet, "misclassified", caption, look, data, "--misclassified", b)
 
 
-def add_sheet(page: Page, name: str, title: str, data: str, *flags: object) -> None:
+def add_sheet(page: Page, name: str, title: str, look: str, data: str, *flags: object) -> None:
     """Compare models; the first lines of the contact sheet become a small JPEG."""
     folder = page.folder / name
     flags = (*flags, "--data", data, "--output-dir", folder)
@@ -319,13 +323,13 @@ def add_sheet(page: Page, name: str, title: str, data: str, *flags: object) -> N
     page.add(
         figure(
             f"{title}, of {classes.removeprefix('=> ')}. The surest answers come first; {folder} "
-            "has all of them. Green answers are right. Look for what the wrong ones have in "
-            "common.",
+            f"has all of them. {look}",
             {title: path.name},
         )
     )
     if (comparison := folder / COMPARISON).exists():  # of two models
-        page.add(json.loads(comparison.read_text("utf-8"))["sentence"])
+        found = json.loads(comparison.read_text("utf-8"))
+        page.add(f"Of these two classes' {found['count']} validation images: {found['sentence']}.")
 
 
 def add_language_models(page: Page, groups: Groups) -> None:
@@ -345,8 +349,8 @@ def add_language_models(page: Page, groups: Groups) -> None:
     head = ["model", "parameters", "best epoch", "validation perplexity", "test perplexity", "time"]
     page.add(table(head, rows))
     page.add(
-        "Means of the seeds, and from the least to the greatest. Epochs count from 1. A "
-        "training's perplexity is that of its best epoch."
+        "Means of the seeds, and from the least to the greatest. A training's perplexity is that "
+        "of its own best epoch; the best epoch here is that of the seeds' mean, counted from 1."
     )
     means = {model: figures.mean_curves(curves) for model, curves in runs.items()}
     order = sentences.ranking(tests)
@@ -357,9 +361,9 @@ def add_language_models(page: Page, groups: Groups) -> None:
     page.add(
         figure(
             "Solid: validation text. Dashed: training text, with dropout, and averaged over an "
-            "epoch in which the model improves. Where the solid line is flat, more epochs bring "
-            "nothing; if the dashed line still falls there, the model learns its training text by "
-            "heart.",
+            "epoch in which the model improves. Where the solid line is flat, more epochs of this "
+            "schedule bring nothing; if the dashed line still falls there, the model learns its "
+            f"training text by heart.{BANDS}{BEYOND}",
             {"Loss by epoch": "text_loss.png", "Perplexity by epoch": "text_perplexity.png"},
         )
     )
@@ -389,7 +393,11 @@ def add_graph(page: Page, name: str) -> None:
     flags = ["--checkpoint", page.folder / f"{name.lower()}.pt", "--output", path]
     if page.run({"graph": script("export_graph.py", *flags)}):
         if path.exists():
-            caption = "Every parameter under its name (blue), and what carries gradients back."
+            caption = (
+                "Every parameter under its name (blue), and what carries gradients back. Look for "
+                "the layers, one after the other, and in each for the two additions by which "
+                "gradients pass around attention and around the linear layers."
+            )
             page.add(figure(caption, {"The Transformer's autograd graph": path.name}))
         else:  # for want of Graphviz, which the line tells how to install
             said = fenced(page.steps.output("graph", "=> "))
@@ -411,7 +419,11 @@ def add_context(page: Page, groups: Groups, text: str) -> None:
         layers, multiply_adds = figures.cost(network, window)
         can = {
             "Transformer": [f"the {window} words of its window", "1", "from the words themselves"],
-            "LSTM": ["no limit", "1 for each word between", "fixed, with gates"],
+            "LSTM": [
+                f"no limit (gradients reach {window})",
+                "1 for each word between",
+                "fixed, with gates",
+            ],
             "CNN": [f"{network.receptive_field} words", "at most 1 a layer", "fixed, with a gate"],
         }[model]
         needs = f"{found[model]['effective context']:.0f} of {found[model]['most']:.0f}"
@@ -429,20 +441,21 @@ def add_context(page: Page, groups: Groups, text: str) -> None:
     )
     caption = (
         "Left: the loss of a word by how many words before it a model was shown. Where a line is "
-        "flat, more words do not help. Right: how much the loss rises when only the nearest words "
-        "stay in order. Where it is zero, the order of words further back does not matter. Bands "
-        "are 95 % intervals."
+        "flat, more words do not help. Its bands are of the distance from the model's own lowest "
+        "loss, so they do not compare models. Right: how much the loss rises when only the nearest "
+        "words stay in order. Where it is zero, the order of words further back does not matter. "
+        "Bands are two standard errors to either side."
     )
     page.add(figure(caption, {"Loss by context, and by words in order": CONTEXT_PICTURE}))
     page.add(fenced(shown), bullets(findings.splitlines()))
-    page.conclude("**Context:**", answer)
+    page.conclude("**Context** (the first seed's models):", answer)
 
 
 def add_head(page: Page, args: argparse.Namespace, argv: Sequence[str]) -> None:
-    gpus = torch.cuda.device_count()
+    gpus, cores = torch.cuda.device_count(), os.cpu_count()
     page.add(
         "# Report",
-        f"Images: `{args.data}`; text: `{args.text}`. On {os.cpu_count()} CPU cores and "
+        f"Images: `{args.data}`; text: `{args.text}`. On {cores} CPU core{'s' * (cores != 1)} and "
         f"{gpus or 'no'} GPU{'s' * (gpus != 1)}, with torch {torch.__version__} and Python "
         f"{platform.python_version()}.",
         folded(

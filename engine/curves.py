@@ -69,7 +69,8 @@ def draw_panel(
             edge = axes.get_xaxis_transform()  # y from 0 to 1, the panel's height
             text = f" {value:.3g} ↑ "
             axes.text(epoch, 0.98, text, transform=edge, ha=side, va="top", size="small")
-    axes.set(title=f"{metric} (dashed: in training)", xlabel="epoch")
+    dashed = any(run.get(f"{metric}/train") for runs in trainings.values() for run in runs)
+    axes.set(title=metric + " (dashed: in training)" * dashed, xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(alpha=0.3)
 

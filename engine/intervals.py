@@ -30,8 +30,9 @@ def mcnemar(only_a: int, only_b: int) -> float:
     two-sided one of the binomial distribution, exact for any counts.
 
     Source: McNemar, "Note on the sampling error of the difference between correlated proportions
-    or percentages", 1947; the exact form as in Dietterich, "Approximate statistical tests for
-    comparing supervised classification learning algorithms", 1998.
+    or percentages", 1947; the exact form as in Fagerland, Lydersen and Laake, "The McNemar test
+    for binary matched-pairs data", 2013. Dietterich, "Approximate statistical tests for comparing
+    supervised classification learning algorithms", 1998, has McNemar's test for classifiers.
 
     Args:
         only_a: samples that model a gets right and model b gets wrong.

@@ -126,7 +126,7 @@ def read_contexts(path: Path) -> dict[str, dict[str, float]]:
 
     Returns:
         `effective context`, with ` low` and ` high`; `most`, how many words it was shown, and
-        `loss` with these.
+        `loss` and `loss above best`, with its ` error`, with these.
     """
     found: dict[str, dict[str, float]] = {}
     with path.open(encoding="utf-8", newline="") as file:
@@ -136,4 +136,6 @@ def read_contexts(path: Path) -> dict[str, dict[str, float]]:
                 model |= {"loss": value, "most": float(row["words"])}
             elif not row["words"]:
                 model[row["measure"]] = value
+                if row["standard_error"]:
+                    model[f"{row['measure']} error"] = float(row["standard_error"])
     return found

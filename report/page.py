@@ -36,7 +36,7 @@ img { max-width: 100% }
   details:not([open]) { display: none } h1, h2 { break-after: avoid }
   figure, .scroll, pre, blockquote { break-inside: avoid }
   .scroll { max-height: none; overflow: visible } pre { white-space: pre-wrap; font-size: 8px }
-  figure img { max-height: 20cm; max-width: 32% } figure .scroll img { max-width: 100% } }
+  figure img { max-height: 20cm; max-width: 49% } figure .scroll img { max-width: 100% } }
 """
 
 

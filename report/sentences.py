@@ -68,8 +68,8 @@ def accuracy_gap(title: str, other: str, gap: Gap, basis: str, control: float | 
 
 
 def accuracy(
-    beyond: Mapping[str, float],
-    within: Mapping[str, float],
+    beyond: Mapping[str, Gap],
+    within: Mapping[str, Gap],
     other: str,
     several: bool,
     control: float | None,
@@ -77,23 +77,25 @@ def accuracy(
     """The conclusion on Acc@1.
 
     Args:
-        beyond, within: points of Acc@1 to `other`, of which `is_beyond` is true, and the others.
+        beyond, within: gaps of Acc@1 to `other`, of which `is_beyond` is true, and the others.
         several, control: see `accuracy_gap`.
     """
     line = "**Accuracy** " + ("(several seeds): " if several else "(one seed each): ")
-    if not beyond:
-        largest = max(within, key=lambda title: abs(within[title]))
-        return (
-            f"{line}no difference from {other} is more than chance can make; the largest gap is "
-            f"{points(within[largest])} points of Acc@1, of {largest}."
-        )
-    shown = listed([f"{title} ({points(gap)})" for title, gap in beyond.items()])
-    rest = listed([f"{title} ({points(gap)})" for title, gap in within.items()] or ["none"])
-    limit = "chance makes (95 %)"
+    limit = "other seeds make (95 %)"
     if not several:
         limit = "other images make, with seeds not measured"
         if control is not None:
             limit = "other images make, and than twice the gap of one other seed"
+    if not beyond:
+        largest = max(within, key=lambda title: abs(within[title].value))
+        hidden = max(2 * (control or 0), *((g.high - g.low) / 2 for g in within.values()))
+        return (
+            f"{line}none is further from {other} than {limit}; the largest gap is "
+            f"{points(within[largest].value)} points of Acc@1, of {largest}. Gaps below "
+            f"{hidden:.1f} points may not show."
+        )
+    shown = listed([f"{title} ({points(gap.value)})" for title, gap in beyond.items()])
+    rest = listed([f"{title} ({points(gap.value)})" for title, gap in within.items()] or ["none"])
     return (
         f"{line}further from {other} than {limit}, in points of Acc@1: {shown}. The others: {rest}."
     )
@@ -170,7 +172,7 @@ def fit(curves: Curves) -> tuple[str, str]:
         return "", ""
     ends = f"training loss ends at {short(train[end])} and validation loss at {short(val[end])}"
     if begin == end:
-        return "", f"{ends} after one epoch. Whether this gap grows is not known"
+        return "over-fitting not known after one epoch", ends
     if gap <= before:
         return "", f"{ends}. This gap has not grown since the first epoch: no sign of over-fitting"
     return "first signs of over-fitting", (
@@ -222,11 +224,11 @@ def ranking(perplexities: Mapping[str, Sequence[float]]) -> str:
         gap = seeds_gap(perplexities[better], perplexities[worse])
         if gap is None:
             return f"{said}, of one seed: another may change the order."
-        if gap.high >= 0:
-            unclear.append(f"{better} and {worse}")
+        if not gap.high < 0:  # nor where a perplexity is not finite
+            unclear.append(f"{better} before {worse}")
     if unclear:
-        return f"{said}. By the spread of the seeds the order of {listed(unclear)} may be chance."
-    return f"{said}. By the spread of the seeds no step of this order is chance (95 %)."
+        return f"{said}. Other seeds may change this order: {listed(unclear)} may be chance."
+    return f"{said}. Each step of this order is more than other seeds make (95 %)."
 
 
 def improving(curves: Mapping[str, Curve]) -> str:
@@ -269,18 +271,28 @@ def context(found: Mapping[str, Mapping[str, float]]) -> str:
         f"{of['effective context low']:.0f} to {of['effective context high']:.0f})"
         for name, of in found.items()
     ]
-    said = f"Words needed to come within 1 % of a model's lowest loss: {listed(used)}."
+    said = (
+        "Words needed to come within 1 % of a model's lowest loss, of 1, 2, 4, … tried: "
+        f"{listed(used)}."
+    )
     if len(found) == 1:
         return said
     best = min(found, key=lambda name: found[name]["loss"])
+    rivals = [
+        f"the {name}"
+        for name, of in found.items()
+        if name != best and of["loss above best"] <= 2 * of["loss above best error"]
+    ]
     said += f" The {best} has the lowest loss ({found[best]['loss']:.2f})"
+    if rivals:
+        said += f", by no more than chance beside {listed(rivals)}"
     longest = max(found.values(), key=lambda of: of["effective context"])
     low = longest["effective context low"]
     far = [name for name, of in found.items() if of["effective context high"] >= low]
     names = listed([f"the {name}" for name in far])
     if len(far) == len(found):
         return f"{said}; none clearly needs more words than the others."
-    if best in far:
+    if best in far or rivals:
         return f"{said}, and the longest context is that of {names}."
     return (
         f"{said}, although the longest context is that of {names}: a longer context alone does "

@@ -59,23 +59,30 @@ def test_several_seeds_give_the_interval_of_their_means() -> None:
 
 def test_the_conclusion_on_accuracy_names_what_is_beyond_chance() -> None:
     def said(
-        beyond: dict[str, float],
-        within: dict[str, float],
+        beyond: dict[str, Gap],
+        within: dict[str, Gap],
         several: bool = False,
         control: float | None = None,
     ) -> str:
         return sentences.accuracy(beyond, within, "one process", several, control)
 
-    gaps = {"bf16": -0.8, "four parts": 0.1}
-    assert "(one seed each): no difference from one process is more than chance" in said({}, gaps)
-    assert "(several seeds): no difference" in said({}, gaps, True)
-    assert "largest gap is -0.8 points of Acc@1, of bf16." in said({}, gaps)
-    both = said({"four processes": -4.0}, {"bf16": 0.1}, control=1.0)
+    gaps = {"bf16": Gap(-0.8, -2.5, 0.9), "four parts": Gap(0.1, -1.5, 1.7)}
+    far, near = {"four processes": Gap(-4.0, -6.0, -2.0)}, {"bf16": Gap(0.1, -1.9, 2.1)}
+    none = said({}, gaps)
+    assert "(one seed each): none is further from one process than other images make, with" in none
+    assert "(several seeds): none is further from one process than other seeds" in said(
+        {}, gaps, True
+    )
+    assert none.endswith(
+        "largest gap is -0.8 points of Acc@1, of bf16. Gaps below 1.7 points may not show."
+    )
+    assert said({}, gaps, control=2.0).endswith("Gaps below 4.0 points may not show.")
+    both = said(far, near, control=1.0)
     assert "than other images make, and than twice the gap of one other seed, in points" in both
     assert "four processes (-4.0). The others: bf16 (+0.1)." in both
-    alone = said({"four processes": -4.0}, {})
+    alone = said(far, {})
     assert "with seeds not measured" in alone and alone.endswith("The others: none.")
-    assert "than chance makes (95 %)" in said({"four processes": -4.0}, {}, True)
+    assert "than other seeds make (95 %)" in said(far, {}, True)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +132,7 @@ def losses(train: list[float], val: list[float]) -> dict[str, Curve]:
             "5.870. This gap has grown from 0.100 after the first epoch to 0.700.",
         ),
         ([5.0, 4.0], [6.0, 4.9], "4.900. This gap has not grown since the first epoch"),
-        ([4.0], [6.0], "after one epoch. Whether this gap grows is not known."),
+        ([4.0], [6.0], "It: **over-fitting not known after one epoch**; training loss ends at 4.0"),
         ([4.0], [4.0], "No sign of over-fitting"),
         ([4.0, math.nan], [4.0, math.nan], "It: **divergence**"),
         ([4.0, 3.0], [4.0, math.inf], "It: **divergence**"),
@@ -149,9 +156,12 @@ def test_the_conclusion_on_over_fitting_names_all_that_show_it() -> None:
 def test_language_models_are_ranked_as_far_as_their_seeds_agree() -> None:
     clear = sentences.ranking({"LSTM": [389.0, 391.0], "CNN": [371.0, 373.0]})
     assert clear.startswith("Test perplexity: CNN 372.0 (371.0 to 373.0) and LSTM 390.0 (389.0 to")
-    assert "no step of this order is chance" in clear
+    assert clear.endswith("Each step of this order is more than other seeds make (95 %).")
     near = sentences.ranking({"LSTM": [376.0, 392.0], "CNN": [370.0, 374.0]})  # yet apart
-    assert "the order of CNN and LSTM may be chance" in near
+    assert near.endswith("Other seeds may change this order: CNN before LSTM may be chance.")
+    assert "LSTM before CNN may be chance" in sentences.ranking(
+        {"LSTM": [389.0, 391.0], "CNN": [math.inf, 373.0]}
+    )
     assert "of one seed" in sentences.ranking({"LSTM": [388.0], "CNN": [370.0]})
     assert sentences.ranking({"LSTM": [388.0]}) == "Test perplexity: LSTM 388.0."
     assert "differ by 2.0 % at most." in sentences.sizes([1000, 1020])
@@ -169,6 +179,7 @@ def test_the_answer_on_context_follows_the_figures(tmp_path: Path) -> None:
     path.write_text(
         "model,measure,words,value,standard_error\n"
         "LSTM,loss,1,6.34,0.1\nLSTM,loss,128,5.99,0.1\nLSTM,loss above lowest,1,0.3,0.1\n"
+        "LSTM,loss above best,,0.06,0.02\nCNN,loss above best,,0.0,0.0\n"
         "LSTM,effective context,,16,\nLSTM,effective context low,,8,\n"
         "LSTM,effective context high,,32,\nCNN,loss,7,5.93,0.1\nCNN,rise when shuffled,2,0.1,0\n"
         "CNN,effective context,,4,\nCNN,effective context low,,4,\n"
@@ -178,13 +189,20 @@ def test_the_answer_on_context_follows_the_figures(tmp_path: Path) -> None:
     assert found["CNN"] == {
         **{"loss": 5.93, "most": 7, "effective context": 4, "effective context low": 4},
         **{"effective context high": 7, "receptive field": 7},
+        **{"loss above best": 0, "loss above best error": 0},
     }
     assert sentences.context(found).startswith(
-        "Words needed to come within 1 % of a model's lowest loss: the LSTM 16 (95 % interval 8 to "
-        "32) and the CNN 4 (95 % interval 4 to 7). The CNN has the lowest loss (5.93), although "
-        "the longest context is that of the LSTM:"
+        "Words needed to come within 1 % of a model's lowest loss, of 1, 2, 4, … tried: the LSTM "
+        "16 (95 % interval 8 to 32) and the CNN 4 (95 % interval 4 to 7). The CNN has the lowest "
+        "loss (5.93), although the longest context is that of the LSTM:"
     )
-    best = sentences.context(found | {"LSTM": found["LSTM"] | {"loss": 5.0}})
+    chance = sentences.context(found | {"LSTM": found["LSTM"] | {"loss above best error": 0.04}})
+    assert chance.endswith(
+        "The CNN has the lowest loss (5.93), by no more than chance beside the LSTM, and the "
+        "longest context is that of the LSTM."
+    )
+    behind = found["CNN"] | {"loss above best": 0.9}
+    best = sentences.context({"LSTM": found["LSTM"] | {"loss": 5.0}, "CNN": behind})
     assert best.endswith(
         "The LSTM has the lowest loss (5.00), and the longest context is that of the LSTM."
     )
