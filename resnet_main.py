@@ -72,7 +72,7 @@ def make_parser() -> cli.ArgumentParser:
     add("--sync-bn", action=argparse.BooleanOptionalAction, default=False,
         help="batch statistics over all GPUs (default: no)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="torch.compile the model, on one GPU with CUDA graphs (default: no)")
+        help="torch.compile the model, on one GPU with CUDA graphs unless in fp16 (default: no)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=cli.positive_int, default=90, metavar="N", help="total epochs to run")
     add("--start-epoch", type=cli.non_negative_int, default=0, metavar="N",
@@ -81,7 +81,7 @@ def make_parser() -> cli.ArgumentParser:
         help="images a step, over all processes together")
     add("--gradient-accumulation-steps", type=cli.positive_int, default=1, metavar="N",
         help="parts of each process's share of a batch that are computed one after the other: one "
-        "process with 4 trains what four do, in a quarter of the memory")
+        "process with 4 trains what four do, in less memory")
     add("--lr", "--learning-rate", dest="lr", type=cli.non_negative_float, default=0.1,
         metavar="LR", help="initial learning rate, for the global batch")
     add("--momentum", type=cli.non_negative_float, default=0.9, metavar="M",

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 
-from engine.checkpoints import Checkpoint, Writer, load, newest_whole, previous_of
+from engine.checkpoints import OWN_OPTIONS, Checkpoint, Writer, load, newest_whole, previous_of
 from engine.cli import UserError, fall_back_to_stderr
 from engine.files import (
     Named,
@@ -454,8 +454,10 @@ class Run:
             contents["scaler"] = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
             optimizer = self.optimizer.state_dict()
+            # A CUDA graph's own options are not the run's, which may go on without one.
+            usual = {k: v for k, v in self.optimizer.defaults.items() if k in OWN_OPTIONS}
             for group in optimizer["param_groups"]:
-                group["lr"] = float(group["lr"])
+                group.update(usual, lr=float(group["lr"]))
             self.writer.save(
                 {
                     **contents,

@@ -197,6 +197,11 @@ def _mistake(error: Exception) -> str | None:
             "the GPU's memory is full: use a smaller --batch-size, or train the same one in parts "
             "(--gradient-accumulation-steps 2, 4, ...)"
         )
+    if "no kernel image is available" in text:
+        return (
+            "torch's packages do not know this GPU: the README's \"Install\" has others, and "
+            "CUDA_VISIBLE_DEVICES=-1 computes on the CPU"
+        )
     if "Too many open files" in text or "items of ancdata" in text:  # the latter from a worker
         return "too many files are open: raise `ulimit -n`, or use fewer --workers (0: none)"
     # For a full /dev/shm torch 2.11 gives the wrong reason.
@@ -217,8 +222,10 @@ def _mistake(error: Exception) -> str | None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's memory is full: torch's allocator says so, or the CUDA driver."""
-    return type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error)
+    """Whether a GPU's memory is full: torch's allocator says so, the CUDA driver or a library."""
+    said = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    is_torchs = type(error).__name__ == "OutOfMemoryError"
+    return is_torchs or any(phrase in str(error) for phrase in said)
 
 
 def _lost_worker(error: Exception) -> str | None:

@@ -47,6 +47,8 @@ from image_classification.settings import ModelSpec
 
 
 def same() -> None:
+    # As on a Mac, where torch finds a device that gloo cannot use.
+    patch.object(torch._C, "_get_accelerator", lambda: torch.device("mps")).start()
     accelerator = build_accelerator()
     for path in sys.argv[2:]:
         with accelerator.local_main_process_first():
@@ -116,6 +118,7 @@ def train_in_fp16() -> None:
 
 def share_a_gpu() -> None:
     """Joined by gloo, which takes the tensors of a GPU. NCCL refuses two processes on one."""
+    os.environ["LOCAL_RANK"] = "0"  # of which torch and Accelerate make the GPU's index
     patch.object(torch.accelerator, "device_count", lambda: int(os.environ["WORLD_SIZE"])).start()
     gloo = functools.partial(InitProcessGroupKwargs, backend="gloo")
     patch.object(launch, "InitProcessGroupKwargs", gloo).start()

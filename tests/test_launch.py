@@ -389,6 +389,8 @@ run_script(lambda: print(gc.isenabled()))
         ("received 0 items of ancdata", "`ulimit -n`"),
         ("CUDA error: out of memory", "the GPU's memory is full: use a smaller --batch-size, or"),
         ("CUDA error: out of memory", "--gradient-accumulation-steps 2"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "memory is"),
+        ("CUDA error: no kernel image is available for execution", "CUDA_VISIBLE_DEVICES=-1"),
     ],
 )
 def test_what_torch_says_of_a_full_machine_is_one_line_with_a_remedy(
