@@ -332,8 +332,8 @@ def findings(contexts: list[Context]) -> Iterator[str]:
         field = ", its receptive field" if c.most == c.receptive_field else ""
         needs.append(f"the {c.name} needs the last {words} of {c.most}{field} ({interval})")
     yield (
-        f"To come within {100 * TOLERANCE:g} % of its lowest loss, {listed(needs)}. No numbers "
-        "between 1, 2, 4, … were tried."
+        f"To come within {100 * TOLERANCE:g} % of its lowest loss, {listed(needs)}. Tried were 1, "
+        "2, 4, … and the most words that each was shown."
     )
     falls = []
     for c in contexts:

@@ -109,10 +109,10 @@ def build_accelerator(broadcast_buffers: bool = True) -> Accelerator:
         # The processes join here, and agree on a precision before the Accelerator decides about a
         # loss scale.
         state = PartialState(cpu, **joining.to_kwargs())
-        if cpu and asked > 1:
+        if cpu and dist.is_initialized():
             # Accelerate's own barrier takes the device that torch finds: on a Mac MPS, for which
             # gloo has none, and elsewhere a GPU that ACCELERATE_USE_CPU leaves aside.
-            PartialState.wait_for_everyone = lambda _: torch.distributed.barrier()
+            PartialState.wait_for_everyone = lambda _: dist.barrier()
         accelerator = _Accelerator(
             cpu=cpu,
             mixed_precision="fp16" if _lacks_bf16(state.device) else None,

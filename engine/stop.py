@@ -200,7 +200,7 @@ def _mistake(error: Exception) -> str | None:
     if "no kernel image is available" in text:
         return (
             "torch's packages do not know this GPU: the README's \"Install\" has others, and "
-            "CUDA_VISIBLE_DEVICES=-1 computes on the CPU"
+            "`CUDA_VISIBLE_DEVICES=-1 python ...` computes on the CPU"
         )
     if "Too many open files" in text or "items of ancdata" in text:  # the latter from a worker
         return "too many files are open: raise `ulimit -n`, or use fewer --workers (0: none)"

@@ -89,8 +89,9 @@ def accuracy(
     if not beyond:
         largest = max(within, key=lambda title: abs(within[title].value))
         hidden = max(2 * (control or 0), *((g.high - g.low) / 2 for g in within.values()))
+        both = "both " if control is not None else ""
         return (
-            f"{line}none is further from {other} than {limit}; the largest gap is "
+            f"{line}no training is further from {other} {both}than {limit}; the largest gap is "
             f"{points(within[largest].value)} points of Acc@1, of {largest}. Gaps below "
             f"{hidden:.1f} points may not show."
         )
@@ -272,8 +273,8 @@ def context(found: Mapping[str, Mapping[str, float]]) -> str:
         for name, of in found.items()
     ]
     said = (
-        "Words needed to come within 1 % of a model's lowest loss, of 1, 2, 4, … tried: "
-        f"{listed(used)}."
+        "Words needed to come within 1 % of a model's lowest loss (tried: 1, 2, 4, … and the most "
+        f"that it was shown): {listed(used)}."
     )
     if len(found) == 1:
         return said
