@@ -10,8 +10,8 @@ printed lines and the defaults are the original's. In one process and without dr
 (--dropout 0 --layer-dropout 0), so are the initial weights and the training losses. The batch size
 is that of all processes together; each of them takes whole columns of the text.
 
-On 245,569 words of WikiText-2, two CPU cores, float32: test perplexity 398 after two epochs of a
-tied LSTM, 407 and 411 (two seeds) after six of the Transformer (docs/language_models.md).
+On 245,569 words of WikiText-2, 12 epochs in bf16, mean of three seeds: test perplexity 318 of an
+LSTM and 412 of a Transformer (docs/language_models.md has the commands).
 """
 
 from __future__ import annotations
