@@ -149,10 +149,11 @@ from engine.launch import build_accelerator
 def main():
     stop.SAME_REQUEST = 0.5
     preemption = stop.Preemption(build_accelerator())
-    print("ready", flush=True)
     if sys.argv[1] == "deferred":
         with preemption.deferred():
+            print("ready", flush=True)
             time.sleep(60)
+    print("ready", flush=True)
     time.sleep(60)
 
 stop.run_script(main)
