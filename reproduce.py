@@ -417,13 +417,10 @@ def add_context(page: Page, groups: Groups, text: str) -> None:
         checkpoint = load(path)
         network, window = restore_model(checkpoint)[0], checkpoint.value("bptt", int) or 35
         layers, multiply_adds = figures.cost(network, window)
+        unlimited = f"no limit (gradients reach {window})"
         can = {
             "Transformer": [f"the {window} words of its window", "1", "from the words themselves"],
-            "LSTM": [
-                f"no limit (gradients reach {window})",
-                "1 for each word between",
-                "fixed, with gates",
-            ],
+            "LSTM": [unlimited, "1 for each word between", "fixed, with gates"],
             "CNN": [f"{network.receptive_field} words", "at most 1 a layer", "fixed, with a gate"],
         }[model]
         needs = f"{found[model]['effective context']:.0f} of {found[model]['most']:.0f}"
